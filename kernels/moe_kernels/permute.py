@@ -1,0 +1,120 @@
+"""Gather token rows into expert order, and combine expert rows back into tokens.
+
+Both directions are written as gathers wherever every token has the same number of slots: a gather has one writer
+per element, so sums keep one order and two runs agree to the last bit, which `index_add` on a GPU does not give.
+"""
+
+import torch
+from torch import Tensor
+
+
+def sort_slots(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Order the T*K slots by expert.
+
+    Args:
+        expert_TK: int64, expert of each slot. The value `num_experts` marks a slot that is not used; such slots
+            come last in the order and are not counted.
+    Returns:
+        order_N: int64 (T*K), flat slot index (token * K + k) of each place in expert order.
+        count_E: int64, slots per expert.
+    """
+    flat_N = expert_TK.reshape(-1)
+    # Stable, so that equal scores give equal rows in equal order from run to run.
+    order_N = flat_N.argsort(stable=True)
+    count = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat_N.device)
+    count.scatter_add_(0, flat_N, torch.ones_like(flat_N))
+    return order_N, count[:num_experts]
+
+
+def invert_permutation(order_N: Tensor) -> Tensor:
+    """The place of each element: `invert_permutation(order)[order[i]] == i`."""
+    inverse_N = torch.empty_like(order_N)
+    inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+    return inverse_N
+
+
+def _sum_slots(rows_ND: Tensor, token_N: Tensor, slot_TK: Tensor | None, num_tokens: int) -> Tensor:
+    """Sum the rows of each token. (N, D) -> (T, D), in the dtype of the rows."""
+    if slot_TK is None:
+        return rows_ND.new_zeros(num_tokens, rows_ND.shape[1]).index_add_(0, token_N, rows_ND)
+    out_TD = rows_ND.index_select(0, slot_TK[:, 0])
+    for k in range(1, slot_TK.shape[1]):
+        out_TD += rows_ND.index_select(0, slot_TK[:, k])
+    return out_TD
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, token_N: Tensor, slot_TK: Tensor | None) -> Tensor:
+        ctx.save_for_backward(token_N, slot_TK)
+        ctx.num_tokens = x_TD.shape[0]
+        return x_TD.index_select(0, token_N)
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor):
+        token_N, slot_TK = ctx.saved_tensors
+        return _sum_slots(grad_ND, token_N, slot_TK, ctx.num_tokens), None, None
+
+
+def gather_rows(x_TD: Tensor, token_N: Tensor, slot_TK: Tensor | None = None) -> Tensor:
+    """Copy each slot's token row: (T, D) -> (N, D).
+
+    Args:
+        token_N: int64, the row of x_TD that fills each slot.
+        slot_TK: int64, the places of each token's K slots, when every token has exactly K: the inverse of
+            `token_N`, which turns the backward pass into a gather. None for any other list of slots.
+    """
+    return _GatherRows.apply(x_TD, token_N, slot_TK)
+
+
+class _CombineRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_ND, weight_N, token_N, slot_TK, num_tokens):
+        ctx.save_for_backward(rows_ND, weight_N, token_N)
+        accumulate = torch.promote_types(rows_ND.dtype, weight_N.dtype)
+        if slot_TK is None:
+            weighted_ND = rows_ND * weight_N[:, None]
+            out_TD = torch.zeros(num_tokens, rows_ND.shape[1], dtype=accumulate, device=rows_ND.device)
+            out_TD.index_add_(0, token_N, weighted_ND)
+        else:
+            weight_TK = weight_N[slot_TK]
+            out_TD = rows_ND.index_select(0, slot_TK[:, 0]) * weight_TK[:, :1]
+            for k in range(1, slot_TK.shape[1]):
+                out_TD.addcmul_(rows_ND.index_select(0, slot_TK[:, k]).to(accumulate), weight_TK[:, k : k + 1])
+        return out_TD.to(rows_ND.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        rows_ND, weight_N, token_N = ctx.saved_tensors
+        grad_ND = grad_TD.index_select(0, token_N)
+        grad_weight_N = (grad_ND.to(weight_N.dtype) * rows_ND).sum(-1) if ctx.needs_input_grad[1] else None
+        grad_rows_ND = (grad_ND * weight_N[:, None]).to(rows_ND.dtype)
+        return grad_rows_ND, grad_weight_N, None, None, None
+
+
+def combine_rows(
+    rows_ND: Tensor, weight_N: Tensor, token_N: Tensor, slot_TK: Tensor | None, num_tokens: int
+) -> Tensor:
+    """Weighted sum of each token's slots: (N, D) -> (T, D). Sums in the wider dtype of rows and weights.
+
+    Args:
+        rows_ND: expert outputs in slot order.
+        weight_N: combine weight of each slot, float32 (or float64).
+        token_N, slot_TK: as in `gather_rows`. A token without slots gets zeros.
+    """
+    return _CombineRows.apply(rows_ND, weight_N, token_N, slot_TK, num_tokens)
+
+
+def chunk_order(count_PL: Tensor, total: int) -> Tensor:
+    """Permutation that turns rows grouped by (source rank, expert) into rows grouped by (expert, source rank).
+
+    Args:
+        count_PL: int64, rows of each chunk as they lie.
+        total: host-known sum of `count_PL`.
+    Returns:
+        order_R: int64; `rows[order_R]` is grouped by expert, within an expert by source rank.
+    """
+    num_ranks, num_experts = count_PL.shape
+    expert_PL = torch.arange(num_experts, device=count_PL.device).repeat(num_ranks)
+    expert_R = expert_PL.repeat_interleave(count_PL.reshape(-1), output_size=total)
+    return expert_R.argsort(stable=True)

@@ -1,0 +1,304 @@
+"""The default engine: torch's own FSDP2 and all-to-all, experts and dense weights on two views of the same ranks.
+
+The rule that keeps gradients right under every layout: losses are sums over tokens, divided by numbers of the
+global batch that are known before forward; everything after that is reduced by SUM. Nothing divides by a degree.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from moe_data.batch import TokenBatch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from moe_parallel.collectives import sum_over
+from moe_parallel.mesh import ParallelConfig, ParallelMesh, Recompute
+from moe_parallel.model.initialize import InitConfig, init_weights
+from moe_parallel.model.loss import token_loss_sum
+from moe_parallel.model.architecture import Architecture
+from moe_parallel.model.transformer import Transformer
+from moe_parallel.moe.balance import GlobalEstimator, bias_step
+from moe_parallel.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_parallel.moe.layer import MoELayer
+from moe_parallel.moe.routing import ForwardContext, normalized_counts
+from moe_parallel.optim import OptimConfig, build_optimizer, clip_gradients, global_gradient_norm
+from moe_parallel.statistics import StepSums
+
+log = logging.getLogger(__name__)
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of a model, in order."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+def parallelize(
+    model: Transformer, mesh: ParallelMesh, config: ParallelConfig, dtype: torch.dtype
+) -> Transformer:
+    """Turn a model (best built on the meta device) into this rank's part of it.
+
+    Order matters: experts are split before FSDP shards what is left of them, recompute is set on blocks before FSDP
+    wraps their hooks around it, and FSDP comes last because it must own the final parameters.
+
+    Args:
+        dtype: compute type; weights, gradient reductions and the router stay in the type of the parameters.
+    """
+    layout = mesh.layout
+    if layout.ep > 1:
+        split_experts(model, mesh)
+        log.info("experts: %d of each layer on each of ep=%d ranks", _local_experts(model), layout.ep)
+    if config.recompute is not Recompute.none:
+        set_recompute(model, config.recompute)
+        log.info("recompute: %s", config.recompute.value)
+    if layout.ranks > 1 or dtype != next(model.parameters()).dtype:
+        shard_weights(model, mesh, config, dtype)
+        log.info(
+            "fsdp: dense weights %d x replicated, %d x sharded; experts %d x replicated, %d x sharded",
+            layout.replicate, layout.shard, layout.expert_replicate, layout.expert_shard,
+        )  # fmt: skip
+    return model
+
+
+def _local_experts(model: nn.Module) -> int:
+    layers = moe_layers(model)
+    return layers[0].experts.gate_up.to_local().shape[0] if layers else 0
+
+
+def split_experts(model: Transformer, mesh: ParallelMesh) -> None:
+    """Give each rank of `ep` its experts and each layer a dispatcher that reaches the others."""
+    group = mesh.ep.get_group()
+    for layer in moe_layers(model):
+        for name in ("gate_up", "down"):
+            whole = getattr(layer.experts, name)
+            part = distribute_tensor(whole.data, mesh.ep, [Shard(0)], src_data_rank=None)
+            setattr(layer.experts, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+        layer.dispatcher = AllToAllDispatcher(group)
+
+
+def set_recompute(model: Transformer, how: Recompute) -> None:
+    """Mark what is computed again in the backward pass."""
+    for block in model.layers:
+        block.recompute = how is Recompute.full
+    for layer in moe_layers(model):
+        layer.experts.recompute = how is Recompute.selective
+
+
+def shard_weights(model: Transformer, mesh: ParallelMesh, config: ParallelConfig, dtype: torch.dtype) -> None:
+    """FSDP2 over both views. Reductions are plain sums in the type of the parameters."""
+    master = next(model.parameters()).dtype
+    mixed = dtype != master
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master) if mixed else MixedPrecisionPolicy()
+    reshard = config.reshard_after_forward
+    for block in model.layers:
+        if isinstance(block.ffn, MoELayer):
+            if mixed:  # a group of its own keeps the router's weights in full precision
+                fully_shard(block.ffn.router, mesh=mesh.dense, reshard_after_forward=reshard)
+            if mesh.layout.ep > 1:
+                fully_shard(
+                    block.ffn.experts,
+                    mesh=mesh.expert,
+                    reshard_after_forward=reshard,
+                    mp_policy=policy,
+                    shard_placement_fn=_expert_placement(mesh.layout.expert_shard),
+                )
+        fully_shard(block, mesh=mesh.dense, reshard_after_forward=reshard, mp_policy=policy)
+    fully_shard(model, mesh=mesh.dense, reshard_after_forward=reshard, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Both are needed: without the forced sum gloo refuses any factor, and with it any factor but 1 is
+            # applied twice on a shard group of one rank.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _expert_placement(expert_shard: int) -> Callable[[nn.Parameter], Shard]:
+    def place(parameter: nn.Parameter) -> Shard:
+        # Dimension 0 is the experts', already split over ep; FSDP shards another one evenly or not at all.
+        for dim in (1, 2):
+            if parameter.shape[dim] % expert_shard == 0:
+                return Shard(dim)
+        raise ValueError(
+            f"expert weights of shape {tuple(parameter.shape)} cannot be split over {expert_shard} ranks: neither "
+            "their rows nor their columns divide evenly; change parallel.shard, parallel.ep or moe.expert_dim"
+        )
+
+    return place
+
+
+class NativeEngine:
+    """Owns the model and its optimizer on this rank: forward, backward, reduce, step."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        mesh: ParallelMesh,
+        parallel: ParallelConfig,
+        optim: OptimConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        master_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.architecture = architecture
+        self.mesh = mesh
+        self.device = device
+        self.optim = optim
+        self.group = mesh.data_group
+        with torch.device("meta"):
+            model = Transformer(architecture)
+            if master_dtype != torch.float32:
+                model = model.to(master_dtype)
+        self.model = parallelize(model, mesh, parallel, dtype)
+        self.layers = moe_layers(self.model)
+        self.model.to_empty(device=device)
+        self.optimizer = build_optimizer(self.model, optim)
+        num_experts = architecture.moe.num_experts
+        self.previous_count_LE = torch.zeros(
+            architecture.model.num_layers, num_experts, dtype=torch.float64, device=device
+        )
+        """Slots per expert of the previous step over all ranks, for the look-ahead of the global balance loss."""
+
+    def init_weights(self, init: InitConfig, seed: int) -> None:
+        """Draw all weights; the same ones on every layout."""
+        init_weights(self.model, init, seed)
+
+    def forward_backward(
+        self, batches: Sequence[TokenBatch], step: int, num_targets: int, num_valid: int
+    ) -> tuple[StepSums, Tensor]:
+        """Gradients of one global batch.
+
+        Args:
+            batches: this rank's micro-batches.
+            num_targets, num_valid: targets and valid tokens of the global batch, over all ranks and micro-batches.
+        Returns:
+            This rank's sums, and the mean error of the global loss's frequency estimate (L1, 0 to 2; 0 if unused).
+        """
+        sums = self.zero_sums()
+        total_LE = self._count_first(batches, step)
+        seen_LE = torch.zeros_like(self.previous_count_LE)
+        used: list[tuple[int, Tensor]] = []
+        for index, batch in enumerate(batches):
+            self._sync_gradients(index == len(batches) - 1)
+            remaining = (len(batches) - index - 1) / len(batches)
+            prior_LE = seen_LE + self.previous_count_LE * remaining if total_LE is None else total_LE
+            context = ForwardContext(
+                step=step,
+                training=True,
+                sum_over_data=sum_over(self.group),
+                prior_count_LE=prior_LE,
+                prior_is_total=total_LE is not None,
+            )
+            logits_BSV, stats = self.model(batch, context)
+            cross_entropy = token_loss_sum(logits_BSV, batch.target_BS)
+            loss = cross_entropy / num_targets
+            for layer in stats:
+                loss = loss + layer.balance / num_valid
+            loss.backward()
+            sums.add(cross_entropy, stats)
+            seen_LE = seen_LE.clone()
+            for layer in stats:
+                if layer.step_count_E is not None:
+                    seen_LE[layer.layer] += layer.step_count_E
+                if layer.used_frequency_E is not None:
+                    used.append((layer.layer, layer.used_frequency_E))
+        self.previous_count_LE = seen_LE
+        return sums, _estimator_error(used, seen_LE)
+
+    def _count_first(self, batches: Sequence[TokenBatch], step: int) -> Tensor | None:
+        """Exact mode: the whole step's counts from a forward pass without gradient."""
+        balance = self.architecture.balance
+        wanted = balance.global_coefficient > 0 and balance.global_estimator is GlobalEstimator.exact
+        if not wanted or len(batches) == 1:
+            return None
+        total_LE = torch.zeros_like(self.previous_count_LE)
+        context = ForwardContext(step=step, training=True, sum_over_data=sum_over(self.group))
+        with torch.no_grad():
+            for batch in batches:
+                for layer in self.model(batch, context)[1]:
+                    total_LE[layer.layer] += layer.step_count_E
+        return total_LE
+
+    def _sync_gradients(self, last: bool) -> None:
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+            self.model.set_is_last_backward(last)
+
+    def gradient_norm(self) -> Tensor:
+        """Global norm of all gradients."""
+        return global_gradient_norm(self.model.parameters(), self.group)
+
+    def step(self, learning_rate: float, norm: Tensor) -> None:
+        """Clip by `norm`, take one optimizer step, drop the gradients."""
+        clip_gradients(self.model.parameters(), norm, self.optim.max_gradient_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def update_router_bias(self, count_LE: Tensor) -> None:
+        """Loss-free balancing: one bias step per MoE layer, from the counts of the whole step and all ranks."""
+        rate = self.architecture.balance.bias_rate
+        if rate == 0:
+            return
+        for layer, count_E in zip(self.layers, count_LE):
+            assert layer.router.bias is not None
+            layer.router.bias.copy_(bias_step(layer.router.bias, count_E, rate))
+
+    @torch.no_grad()
+    def evaluate(self, batch: TokenBatch) -> StepSums:
+        """Sums of one batch without gradient; every rank must call it equally often."""
+        was_training = self.model.training
+        self.model.eval()
+        logits_BSV, stats = self.model(batch, self.evaluation_context())
+        sums = self.zero_sums()
+        sums.add(token_loss_sum(logits_BSV, batch.target_BS), stats)
+        self.model.train(was_training)
+        return sums
+
+    def evaluation_context(self) -> ForwardContext:
+        """Context of a pass that learns nothing and counts nothing for training."""
+        return ForwardContext(step=0, training=False, sum_over_data=sum_over(self.group))
+
+    def zero_sums(self) -> StepSums:
+        """Empty sums of the right shape."""
+        return StepSums.zeros(len(self.layers), self.architecture.moe.num_experts, self.device)
+
+    @torch.no_grad()
+    def first_nonfinite_module(self, batch: TokenBatch) -> str | None:
+        """Name of the first module whose output is not finite on any rank, in the order of execution."""
+        found: list[str] = []
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: object, output: object) -> None:
+                outputs = output if isinstance(output, tuple) else (output,)
+                tensors = [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
+                if not found and any(not bool(torch.isfinite(t).all()) for t in tensors):
+                    found.append(name)
+
+            return hook
+
+        handles = [m.register_forward_hook(watch(n)) for n, m in self.model.named_modules() if n]
+        try:
+            self.model(batch, self.evaluation_context())
+        finally:
+            for handle in handles:
+                handle.remove()
+        names: list[str | None] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(names, found[0] if found else None, group=self.group)
+        return next((name for name in names if name is not None), None)
+
+
+def _estimator_error(used: list[tuple[int, Tensor]], total_LE: Tensor) -> Tensor:
+    if not used:
+        return torch.zeros((), dtype=torch.float64, device=total_LE.device)
+    true_LE = normalized_counts(total_LE)
+    return torch.stack([(share_E - true_LE[layer]).abs().sum() for layer, share_E in used]).mean()

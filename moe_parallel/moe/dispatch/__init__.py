@@ -1,0 +1,1 @@
+"""Dispatchers: move rows to the experts that own them and back. Two verbs, no parameters."""

@@ -1,0 +1,84 @@
+"""Dispatch by one all-to-all: experts are split evenly over the ranks of the `ep` axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from moe_kernels.permute import chunk_order, combine_rows, gather_rows, invert_permutation
+from torch import Tensor
+
+from moe_parallel.collectives import all_to_all_rows, exchange_counts
+from moe_parallel.moe.routing import LayerContext, Routing
+
+
+@dataclass(frozen=True)
+class ExchangeTicket:
+    """What `combine` needs to know of the matching `dispatch`."""
+
+    num_tokens: int
+    sent: Sequence[int]
+    """Rows to each rank."""
+    received: Sequence[int]
+    """Rows from each rank."""
+    order_R: Tensor
+    """Permutation from arrival order to expert order."""
+    host_counts: Sequence[int]
+    """Rows of each local expert."""
+
+
+class AllToAllDispatcher:
+    """Sends each row to the rank of its expert and brings the result back.
+
+    Rank p of the group owns experts p * L to (p + 1) * L - 1. Combine weights stay with the source, so their
+    gradient needs no exchange.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.num_ranks = dist.get_world_size(group)
+
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, context: LayerContext
+    ) -> tuple[Tensor, Tensor, ExchangeTicket]:
+        """(T, D) -> rows (R, D) sorted by local expert, their counts (L), and the ticket for `combine`.
+
+        The rows of one expert come in the order of source ranks, and of slots within a rank.
+        """
+        count_PL = routing.count_E.view(self.num_ranks, -1)
+        arriving_PL, sent, arriving = context.once(
+            "sizes", lambda: self._sizes(count_PL, routing.uniform_count)
+        )
+        received = [sum(counts) for counts in arriving]
+        rows_ND = gather_rows(x_TD, routing.token_N, routing.slot_TK)
+        rows_RD = all_to_all_rows(rows_ND, received, sent, self.group)
+        order_R = context.once("order", lambda: chunk_order(arriving_PL, sum(received)))
+        rows_RD = gather_rows(rows_RD, order_R, invert_permutation(order_R).unsqueeze(1))
+        host_counts = [sum(column) for column in zip(*arriving)]
+        return (
+            rows_RD,
+            arriving_PL.sum(0),
+            ExchangeTicket(x_TD.shape[0], sent, received, order_R, host_counts),
+        )
+
+    def combine(self, rows_RD: Tensor, routing: Routing, ticket: ExchangeTicket) -> Tensor:
+        """Rows (R, D) back to their sources, then the weighted sum of each token's slots: (T, D)."""
+        inverse_R = invert_permutation(ticket.order_R)
+        rows_RD = gather_rows(rows_RD, inverse_R, ticket.order_R.unsqueeze(1))
+        rows_ND = all_to_all_rows(rows_RD, ticket.sent, ticket.received, self.group)
+        return combine_rows(rows_ND, routing.weight_N, routing.token_N, routing.slot_TK, ticket.num_tokens)
+
+    def _sizes(
+        self, count_PL: Tensor, uniform_count: int | None
+    ) -> tuple[Tensor, list[int], list[list[int]]]:
+        """Rows that arrive for each local expert from each rank, and rows to send, on the host."""
+        num_ranks, num_local = count_PL.shape
+        if uniform_count is not None:
+            sent = [uniform_count * num_local] * num_ranks
+            return count_PL, sent, [[uniform_count] * num_local for _ in range(num_ranks)]
+        arriving_PL = exchange_counts(count_PL, self.group)
+        # The one wait for the device: an all-to-all needs its sizes on the host.
+        sent, arriving = torch.stack([count_PL, arriving_PL]).tolist()
+        return arriving_PL, [sum(counts) for counts in sent], arriving

@@ -1,0 +1,145 @@
+"""Optimizer, learning-rate schedule, and one gradient norm over all meshes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from enum import Enum
+
+import torch
+import torch.distributed as dist
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class Schedule(str, Enum):
+    cosine = "cosine"
+    """Warm up, then half a cosine down to the final rate."""
+    warmup_stable_decay = "warmup_stable_decay"
+    """Warm up, stay at the peak, then a straight line down over the last decay_fraction of the steps."""
+    constant = "constant"
+    """Warm up, then stay at the peak."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    final_fraction: float = 0.1
+    """Learning rate at the last step, as a fraction of the peak."""
+    schedule: Schedule = Schedule.cosine
+    """Shape of the learning rate after warm-up."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up from zero."""
+    decay_fraction: float = 0.2
+    """Part of the steps that warmup_stable_decay spends decaying."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: float = 0.95
+    """Decay of AdamW's second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms and other vectors have none."""
+    max_gradient_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 only measures it."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("beta1", 0, 1),
+            ("beta2", 0, 1),
+            ("final_fraction", 0, 1),
+            ("decay_fraction", 0, 1),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must lie in {low}..{high}")
+        for name in ("learning_rate", "epsilon"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be positive")
+        for name in ("warmup_steps", "weight_decay", "max_gradient_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Rate of the optimizer step with index `step`, from 0; a pure function, so that a resume needs no state."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    if config.schedule is Schedule.constant:
+        return peak
+    if config.schedule is Schedule.warmup_stable_decay:
+        start = max(config.warmup_steps, round(total_steps * (1 - config.decay_fraction)))
+    else:
+        start = config.warmup_steps
+    progress = min(max(step + 1 - start, 0) / max(total_steps - start, 1), 1.0)
+    if config.schedule is Schedule.warmup_stable_decay:
+        return peak + (final - peak) * progress
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters. Frozen parameters are absent: no state, no decay."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def _copies(gradient: Tensor, world: int) -> int:
+    """Ranks that hold the same piece of this gradient, so that a sum over all ranks counts it once."""
+    if not isinstance(gradient, DTensor):
+        return world
+    copies = world // gradient.device_mesh.size()
+    for axis, placement in enumerate(gradient.placements):
+        if placement.is_partial():
+            raise RuntimeError("a gradient has not been reduced yet; its norm would be wrong")
+        if placement.is_replicate():
+            copies *= gradient.device_mesh.size(axis)
+    return copies
+
+
+def global_gradient_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None) -> Tensor:
+    """Euclidean norm of all gradients, dense and expert, whatever mesh they live on, with one all-reduce.
+
+    torch's own `clip_grad_norm_` refuses parameters of different meshes, and a norm per group would clip experts
+    and dense weights by different factors.
+
+    Args:
+        group: all ranks; None in a single process without a process group.
+    """
+    world = 1 if group is None else dist.get_world_size(group)
+    by_copies: dict[int, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradient = parameter.grad
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            by_copies.setdefault(_copies(gradient, world), []).append(local)
+    some = next(iter(by_copies.values()))[0]
+    total = torch.zeros((), dtype=torch.promote_types(some.dtype, torch.float32), device=some.device)
+    for copies, gradients in sorted(by_copies.items()):
+        norms = torch.stack([n.to(total.dtype) for n in torch._foreach_norm(gradients)])
+        total += norms.square().sum() / copies
+    if group is not None and world > 1:
+        dist.all_reduce(total, group=group)
+    return total.sqrt()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients by one common factor so that their global norm is at most `max_norm`; 0 does nothing."""
+    if max_norm == 0:
+        return
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    local = [
+        p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None
+    ]
+    torch._foreach_mul_(local, factor)

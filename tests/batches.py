@@ -1,0 +1,58 @@
+"""Small random batches with documents and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from moe_data.batch import IGNORE, TokenBatch
+
+
+def make_batch(rows: Sequence[Sequence[int]], sequence_tokens: int, vocabulary: int, first: int = 0) -> TokenBatch:
+    """Random tokens in documents of the given lengths; what is left of a row is padding.
+
+    Row i is sequence `first + i` of the global order and its tokens depend on that index alone, so that any way to
+    share rows among ranks sees the same data.
+    """
+    tokens, targets, positions, documents, spans = [], [], [], [], []
+    for row, lengths in enumerate(rows):
+        generator = torch.Generator().manual_seed(1000 + first + row)
+        token_S = torch.randint(0, vocabulary, (sequence_tokens,), generator=generator)
+        target_S = torch.full((sequence_tokens,), IGNORE)
+        position_S = torch.zeros(sequence_tokens, dtype=torch.int64)
+        document_S = torch.full((sequence_tokens,), -1)
+        start = 0
+        for index, length in enumerate(lengths):
+            end = start + length
+            target_S[start : end - 1] = token_S[start + 1 : end]
+            position_S[start:end] = torch.arange(length)
+            document_S[start:end] = index
+            start = end
+        token_S[start:] = 0
+        position_S[start:] = torch.arange(sequence_tokens - start)
+        tokens.append(token_S), targets.append(target_S)
+        positions.append(position_S), documents.append(document_S)
+        spans.append((*lengths, sequence_tokens - start) if start < sequence_tokens else tuple(lengths))
+    target_BS, document_BS = torch.stack(targets), torch.stack(documents)
+    return TokenBatch(
+        token_BS=torch.stack(tokens),
+        target_BS=target_BS,
+        position_BS=torch.stack(positions),
+        document_BS=document_BS,
+        sequence_B=torch.arange(first, first + len(rows)),
+        source_B=torch.zeros(len(rows), dtype=torch.int64),
+        document_lengths=tuple(spans),
+        num_targets=int((target_BS != IGNORE).sum()),
+        num_valid=int((document_BS >= 0).sum()),
+    )
+
+
+def join_batches(batches: Sequence[TokenBatch]) -> TokenBatch:
+    """Several batches as one."""
+    names = ("token_BS", "target_BS", "position_BS", "document_BS", "sequence_B", "source_B")
+    return TokenBatch(
+        **{name: torch.cat([getattr(b, name) for b in batches]) for name in names},
+        document_lengths=tuple(spans for b in batches for spans in b.document_lengths),
+        num_targets=sum(b.num_targets for b in batches),
+        num_valid=sum(b.num_valid for b in batches),
+    )

@@ -1,0 +1,134 @@
+"""Run a function on several ranks: as processes on gloo, or as threads of one process.
+
+Processes are the real thing and take seconds to start, so tests put many checks into one start. Threads share one
+interpreter and start at once; they cover collectives and FSDP, but no point-to-point operations.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+
+class RankFailed(AssertionError):
+    """A rank raised, hung or died; the message holds its traceback."""
+
+
+def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 300.0) -> list[Any]:
+    """Call `fn(*args)` in `world` processes with a gloo process group. Returns each rank's result.
+
+    `fn` must be importable; its arguments and its result are pickled. Rendezvous is a file: no ports.
+    """
+    return _start(_process_rank, world, world, fn, args, timeout)
+
+
+def run_threads(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 300.0) -> list[Any]:
+    """Call `fn(*args)` in `world` threads of one fresh process with a threaded process group.
+
+    The process is fresh because installing that process group changes torch for the rest of its life.
+    """
+    return _start(_threaded_process, 1, world, fn, args, timeout)[0]
+
+
+def _start(target: Callable[..., None], processes: int, world: int, fn: Any, args: Any, timeout: float) -> list[Any]:
+    context = multiprocessing.get_context("spawn")
+    before = {name: os.environ.get(name) for name in _QUIET}
+    os.environ.update(_QUIET)
+    with tempfile.TemporaryDirectory() as folder:
+        started = [
+            context.Process(target=target, args=(rank, world, folder, fn, args, timeout), daemon=True)
+            for rank in range(processes)
+        ]
+        try:
+            for process in started:
+                process.start()
+            for process in started:
+                process.join(timeout)
+        finally:
+            for process in started:
+                if process.is_alive():
+                    process.kill()
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        return [_result(Path(folder), rank, process.exitcode) for rank, process in enumerate(started)]
+
+
+_QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+
+
+def _result(folder: Path, rank: int, exit_code: int | None) -> Any:
+    path = folder / f"result_{rank}"
+    if not path.exists():
+        raise RankFailed(f"rank {rank} left no result (exit code {exit_code}; None means it hung)")
+    ok, value = pickle.loads(path.read_bytes())
+    if not ok:
+        raise RankFailed(f"rank {rank} failed:\n{value}")
+    return value
+
+
+def _report(folder: str, rank: int, call: Callable[[], Any]) -> None:
+    try:
+        answer = (True, call())
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    partial = Path(folder) / f".result_{rank}"
+    partial.write_bytes(pickle.dumps(answer))
+    partial.rename(Path(folder) / f"result_{rank}")
+
+
+def _process_rank(rank: int, world: int, folder: str, fn: Any, args: Any, timeout: float) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+
+    def call() -> Any:
+        store = dist.FileStore(os.path.join(folder, "store"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
+        value = fn(*args)
+        dist.barrier()
+        dist.destroy_process_group()
+        return value
+
+    _report(folder, rank, call)
+
+
+def _threaded_process(_: int, world: int, folder: str, fn: Any, args: Any, timeout: float) -> None:
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg
+
+    torch.set_num_threads(1)
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    _install_threaded_pg()
+    store, results, errors = dist.HashStore(), [None] * world, []
+
+    def run(rank: int) -> None:
+        try:
+            dist.init_process_group("threaded", rank=rank, world_size=world, store=store)
+            results[rank] = fn(*args)
+        except BaseException:
+            errors.append(f"thread of rank {rank}:\n{traceback.format_exc()}")
+
+    def call() -> Any:
+        threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout / world if errors else timeout)
+            if errors:
+                raise RankFailed("\n".join(errors))
+        if any(thread.is_alive() for thread in threads):
+            raise RankFailed("a rank hangs")
+        return results
+
+    _report(folder, 0, call)
+    os._exit(0)  # threads of a failed run may wait for ever
