@@ -1,0 +1,56 @@
+# One environment in .venv, made on first use. Everything else runs in it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# One thread a process and no spinning: several ranks share the cores of this machine.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= passive
+RANKS ?= 2
+ARGS ?=
+
+.PHONY: install train test parity bench check format help clean
+
+help:
+	@echo "make install   create .venv with pinned dependencies"
+	@echo "make train     train the default model on $(RANKS) processes, experts split over them   (ARGS='train.steps=50')"
+	@echo "make test      the whole test suite, parity included"
+	@echo "make parity    only the parity suite; prints its table"
+	@echo "make bench     speed and memory against transformers, written to docs/benchmarks.md"
+	@echo "make check     formatting, lint, types, spelling"
+	@echo "make format    format the code"
+
+install: $(READY)
+
+# torch first and exactly: any looser request would bring the CUDA build.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel -c constraints.txt
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+train: $(READY)
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) train.py parallel.ep=$(RANKS) parallel.shard=1 resume=auto $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+parity: $(READY)
+	$(BIN)/python -m pytest -q tests/parity $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python benchmarks/against_transformers.py $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .cache runs multirun .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
