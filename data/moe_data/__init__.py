@@ -1,0 +1,1 @@
+"""Documents -> tokens -> packed batches. Depends on no other part of the repository."""

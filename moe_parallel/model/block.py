@@ -1,0 +1,79 @@
+"""One layer of the decoder: attention, then a dense or a mixture-of-experts feed-forward network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from moe_data.batch import TokenBatch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_parallel.model.architecture import Architecture
+from moe_parallel.model.attention import GroupedQueryAttention, GroupedQueryConfig
+from moe_parallel.model.latent_attention import LatentAttention, LatentConfig
+from moe_parallel.moe.experts import SwiGLU
+from moe_parallel.moe.layer import MoELayer
+from moe_parallel.moe.routing import ForwardContext, LayerStats, Replay
+
+
+def build_attention(architecture: Architecture) -> GroupedQueryAttention | LatentAttention:
+    """The kind of attention that its options are of."""
+    model, attention = architecture.model, architecture.attention
+    if isinstance(attention, LatentConfig):
+        return LatentAttention(model.dim, attention, model.norm_epsilon)
+    assert isinstance(attention, GroupedQueryConfig)
+    return GroupedQueryAttention(model.dim, attention, model.norm_epsilon)
+
+
+class Block(nn.Module):
+    """Pre-norm residual layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, architecture: Architecture, layer: int) -> None:
+        super().__init__()
+        model = architecture.model
+        self.layer = layer
+        self.recompute = False
+        """Keep only the input and compute the rest again in the backward pass. Set by the engine."""
+        self.recompute = False
+        """Keep only the input and compute the rest again in the backward pass. Set by the engine."""
+        self.attention_norm = nn.RMSNorm(model.dim, eps=model.norm_epsilon)
+        self.attention = build_attention(architecture)
+        self.ffn_norm = nn.RMSNorm(model.dim, eps=model.norm_epsilon)
+        self.ffn: MoELayer | SwiGLU
+        if layer < model.first_dense_layers:
+            self.ffn = SwiGLU(model.dim, model.ffn_dim)
+        else:
+            self.ffn = MoELayer(model.dim, architecture.moe, architecture.router, architecture.balance, layer)
+
+    def forward(
+        self, x_BSD: Tensor, batch: TokenBatch, context: ForwardContext
+    ) -> tuple[Tensor, LayerStats | None]:
+        """(B, S, D) -> (B, S, D), and the statistics of a mixture-of-experts layer."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._forward(x_BSD, batch, context)
+        replaying = replace(context, replay=Replay())
+        return checkpoint(
+            self._forward, x_BSD, batch, replaying, use_reentrant=False, preserve_rng_state=False
+        )
+
+    def _forward(
+        self, x_BSD: Tensor, batch: TokenBatch, context: ForwardContext
+    ) -> tuple[Tensor, LayerStats | None]:
+        if self.recompute and torch.is_grad_enabled():
+            # The second run takes the experts of the first from the replay: it must not choose again.
+            context = replace(context, replay=Replay())
+            return checkpoint(
+                self._compute, x_BSD, batch, context, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._compute(x_BSD, batch, context)
+
+    def _compute(
+        self, x_BSD: Tensor, batch: TokenBatch, context: ForwardContext
+    ) -> tuple[Tensor, LayerStats | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), batch)
+        hidden_BSD = self.ffn_norm(x_BSD)
+        if isinstance(self.ffn, SwiGLU):
+            return x_BSD + self.ffn(hidden_BSD), None
+        out_TD, stats = self.ffn(hidden_BSD.flatten(0, 1), context.for_layer(self.layer, batch))
+        return x_BSD + out_TD.view_as(x_BSD), stats

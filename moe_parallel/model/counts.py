@@ -1,0 +1,232 @@
+"""Sizes and costs of a model from its options alone: parameters, FLOPs, memory. No modules, no torch.
+
+Conventions. Active parameters are those that one token uses: everything dense, with embedding and head, the shared
+experts and top_k routed ones, as published counts of DeepSeekMoE, OLMoE, Qwen3 and Mixtral have it. A multiply-add
+is 2 FLOPs. Backward costs twice forward. Recomputation is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_parallel.mesh import Recompute
+from moe_parallel.model.architecture import Architecture
+from moe_parallel.model.attention import GroupedQueryConfig, QKNorm
+from moe_parallel.model.latent_attention import LatentConfig
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Elements of all parameters of a model, by what a token does with them."""
+
+    embedding: int
+    """Looked up, not multiplied."""
+    head: int
+    """Multiplied; 0 if tied, where the embedding's weight is used again."""
+    matrices: int
+    """All other weights that every token is multiplied with: attention, dense layers, shared experts, routers."""
+    norms: int
+    """Weights of norms."""
+    routed: int
+    """All routed experts of all layers."""
+    routed_active: int
+    """The top_k experts of each layer that one token takes."""
+
+    @property
+    def total(self) -> int:
+        """Every parameter of the model."""
+        return self.embedding + self.head + self.matrices + self.norms + self.routed
+
+    @property
+    def active(self) -> int:
+        """What one token uses."""
+        return self.total - self.routed + self.routed_active
+
+
+def count_parameters(architecture: Architecture) -> ParameterCounts:
+    """Count by the shapes that the modules will have."""
+    model, moe = architecture.model, architecture.moe
+    attention_matrices, attention_norms = _attention_parameters(architecture)
+    shared_dim = moe.num_shared_experts * moe.expert_dim
+    moe_matrices = 3 * model.dim * shared_dim + moe.num_experts * model.dim
+    if moe.shared_expert_gate:
+        moe_matrices += model.dim
+    moe_layers = architecture.num_moe_layers
+    expert = 3 * model.dim * moe.expert_dim
+    table = architecture.vocab_size * model.dim
+    return ParameterCounts(
+        embedding=table,
+        head=0 if model.tie_embeddings else table,
+        matrices=model.num_layers * attention_matrices
+        + model.first_dense_layers * 3 * model.dim * model.ffn_dim
+        + moe_layers * moe_matrices,
+        norms=model.num_layers * (2 * model.dim + attention_norms) + model.dim,
+        routed=moe_layers * moe.num_experts * expert,
+        routed_active=moe_layers * architecture.router.top_k * expert,
+    )
+
+
+def _attention_parameters(architecture: Architecture) -> tuple[int, int]:
+    """Weights in matrices and in norms of one layer's attention."""
+    dim, attention = architecture.model.dim, architecture.attention
+    heads = attention.num_heads
+    if isinstance(attention, LatentConfig):
+        query = heads * attention.query_head_dim
+        expanded = heads * (attention.nope_head_dim + attention.value_head_dim)
+        matrices = dim * (attention.kv_rank + attention.rope_head_dim) + attention.kv_rank * expanded
+        matrices += heads * attention.value_head_dim * dim
+        if attention.q_rank is None:
+            return matrices + dim * query, attention.kv_rank
+        return matrices + attention.q_rank * (dim + query), attention.kv_rank + attention.q_rank
+    assert isinstance(attention, GroupedQueryConfig)
+    head_dim = attention.head_width(dim)
+    query, key = heads * head_dim, attention.key_heads * head_dim
+    norms = {QKNorm.none: 0, QKNorm.head: 2 * head_dim, QKNorm.full: query + key}[attention.qk_norm]
+    return 2 * dim * (query + key), norms
+
+
+def _head_widths(architecture: Architecture) -> tuple[int, int]:
+    """Width of a query or key head, and of a value head."""
+    attention = architecture.attention
+    if isinstance(attention, LatentConfig):
+        return attention.query_head_dim, attention.value_head_dim
+    assert isinstance(attention, GroupedQueryConfig)
+    head_dim = attention.head_width(architecture.model.dim)
+    return head_dim, head_dim
+
+
+def forward_flops_per_token(architecture: Architecture, sequence_tokens: int) -> float:
+    """FLOPs of a forward pass divided by its tokens.
+
+    Two for every active weight that a token is multiplied with: not for norms, nor for the embedding, which is a
+    lookup. A token attends to (S + 1) / 2 tokens on average; each costs one product of the query with a key and one
+    of a weight with a value in every head. Documents within a sequence make that less, which is not counted.
+    """
+    counts = count_parameters(architecture)
+    head = counts.head or counts.embedding  # a tied head is multiplied all the same
+    weights = head + counts.matrices + counts.routed_active
+    query_dim, value_dim = _head_widths(architecture)
+    context = (sequence_tokens + 1) / 2
+    heads = architecture.attention.num_heads
+    attention = architecture.model.num_layers * heads * (query_dim + value_dim) * context
+    return 2.0 * (weights + attention)
+
+
+def training_flops_per_token(architecture: Architecture, sequence_tokens: int) -> float:
+    """FLOPs of forward and backward, per token: each product has two in the backward pass."""
+    return 3.0 * forward_flops_per_token(architecture, sequence_tokens)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes an element takes."""
+
+    weight: int = 4
+    """The weights that the optimizer updates."""
+    gradient: int = 4
+    """Gradients after their reduction."""
+    optimizer: int = 8
+    """All optimizer state of a weight: two float32 moments of Adam."""
+    compute: int = 2
+    """Gathered weights and activations."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    """Whole weights of two layers, the one computed and the one prefetched, and of embedding and head."""
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
+
+
+def memory_per_rank(
+    architecture: Architecture,
+    micro_batch_tokens: int,
+    *,
+    shard: int = 1,
+    ep: int = 1,
+    expert_shard: int = 1,
+    recompute: Recompute = Recompute.none,
+    size: Bytes | None = None,
+) -> MemoryEstimate:
+    """Estimate of the peak on one rank, at the end of a forward pass.
+
+    Weights, gradients and optimizer state are exact but for uneven shards. Activations are what autograd keeps, by
+    counting (see `_layer_activations`); routing is taken to be balanced. Allocator slack, buffers of collectives and
+    temporaries inside kernels are not in it.
+
+    Args:
+        micro_batch_tokens: tokens that one rank computes at once.
+        shard: ranks that dense weights are split over.
+        ep, expert_shard: ranks that experts are split over, by expert and within each.
+    """
+    size = Bytes() if size is None else size
+    counts = count_parameters(architecture)
+    dense = counts.total - counts.routed
+    held = dense // shard + counts.routed // (ep * expert_shard)
+    gathered = 0
+    if shard > 1 or expert_shard > 1 or size.compute != size.weight:
+        layers = architecture.model.num_layers
+        outside = counts.embedding + counts.head + architecture.model.dim
+        layer = (dense - outside) // layers + counts.routed // max(1, architecture.num_moe_layers) // ep
+        gathered = (outside + min(2, layers) * layer) * size.compute
+    return MemoryEstimate(
+        weights=held * size.weight,
+        gradients=held * size.gradient,
+        optimizer=held * size.optimizer,
+        gathered=gathered,
+        activations=_activation_bytes(architecture, micro_batch_tokens, recompute, size.compute),
+    )
+
+
+def _activation_bytes(architecture: Architecture, tokens: int, recompute: Recompute, compute: int) -> int:
+    model = architecture.model
+    dense_layer = _layer_activations(architecture, False, recompute, compute)
+    moe_layer = _layer_activations(architecture, True, recompute, compute)
+    layers = model.first_dense_layers * dense_layer + architecture.num_moe_layers * moe_layer
+    if recompute is Recompute.full:
+        worst = moe_layer if architecture.num_moe_layers else dense_layer
+        layers = model.num_layers * model.dim * compute + worst
+    logits = 2 * architecture.vocab_size * compute  # and their gradient
+    final_norm = 2 * model.dim * compute
+    return tokens * (layers + logits + final_norm)
+
+
+def _layer_activations(architecture: Architecture, is_moe: bool, recompute: Recompute, compute: int) -> int:
+    """Bytes a token that one layer keeps for its backward pass, when nothing of it is computed again."""
+    model, moe, attention = architecture.model, architecture.moe, architecture.attention
+    query_dim, value_dim = _head_widths(architecture)
+    heads = attention.num_heads
+    elements = 4 * model.dim  # input and output of both norms
+    float32 = 0
+    if isinstance(attention, LatentConfig):
+        elements += 2 * heads * query_dim + heads * value_dim  # queries, keys, values
+        elements += 2 * attention.kv_rank + (2 * attention.q_rank if attention.q_rank else 0)
+        float32 += 2 * attention.rope_head_dim
+    else:
+        assert isinstance(attention, GroupedQueryConfig)
+        elements += (heads + 2 * attention.key_heads) * query_dim
+        if attention.qk_norm is not QKNorm.none:
+            elements += (heads + attention.key_heads) * query_dim
+        float32 += 2 * query_dim
+    elements += 2 * heads * value_dim  # output of the core, and its copy with heads side by side
+    float32 += heads  # log-sum-exp of the core
+    if not is_moe:
+        return compute * (elements + 4 * model.ffn_dim) + 4 * float32
+    elements += 4 * moe.num_shared_experts * moe.expert_dim
+    top_k = architecture.router.top_k
+    elements += top_k * 2 * model.dim  # rows before and after the experts
+    if recompute is not Recompute.selective:
+        elements += top_k * 2 * moe.expert_dim
+    float32 += 3 * moe.num_experts + (
+        0 if compute == 4 else model.dim
+    )  # scores; the router's input in float32
+    return compute * elements + 4 * float32

@@ -1,0 +1,95 @@
+"""Sampling from a model. The whole sequence is computed again for each token: there is no cache of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from moe_data.batch import IGNORE, TokenBatch
+from torch import Tensor
+
+from moe_parallel.model.transformer import Transformer
+from moe_parallel.moe.routing import ForwardContext
+
+
+def _evaluation() -> ForwardContext:
+    return ForwardContext(training=False)
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompt: Sequence[int],
+    num_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    allowed_ids: int | None = None,
+    context: Callable[[], ForwardContext] = _evaluation,
+) -> list[int]:
+    """Continue a prompt by exactly `num_tokens` tokens.
+
+    With experts or weights split over ranks, all ranks must call this with the same arguments: they run in lock
+    step, which is also why no token ends the text early.
+
+    Args:
+        prompt: at least one id.
+        temperature: 0 takes the most likely token.
+        top_k: sample from the k most likely tokens only.
+        seed: equal seeds give equal texts.
+        allowed_ids: sample only ids below this; a head may have more rows than the tokenizer has ids.
+        context: makes the context of each forward pass.
+    Returns:
+        The new ids, without the prompt.
+    """
+    _check(prompt, num_tokens, temperature, top_k)
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    ids = list(prompt)
+    for _ in range(num_tokens):
+        logits_BSV, _stats = model(_one_document(ids, device), context())
+        # Sampled on the host from float32, so that devices and ranks draw from the same stream.
+        logits_V = logits_BSV[0, -1].float().cpu()
+        ids.append(_sample(logits_V[:allowed_ids], temperature, top_k, generator))
+    model.train(was_training)
+    return ids[len(prompt) :]
+
+
+def _check(prompt: Sequence[int], num_tokens: int, temperature: float, top_k: int | None) -> None:
+    if len(prompt) == 0:
+        raise ValueError("the prompt is empty; give at least one token to start from")
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens={num_tokens} must not be negative")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must not be negative; 0 takes the most likely token")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1, or None for all tokens")
+
+
+def _one_document(ids: list[int], device: torch.device) -> TokenBatch:
+    token_BS = torch.tensor([ids], device=device)
+    zero_B = torch.zeros(1, dtype=torch.int64, device=device)
+    return TokenBatch(
+        token_BS=token_BS,
+        target_BS=torch.full_like(token_BS, IGNORE),
+        position_BS=torch.arange(len(ids), device=device).unsqueeze(0),
+        document_BS=torch.zeros_like(token_BS),
+        sequence_B=zero_B,
+        source_B=zero_B,
+        document_lengths=((len(ids),),),
+        num_targets=0,
+        num_valid=len(ids),
+    )
+
+
+def _sample(logits_V: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    if top_k is not None:
+        least = logits_V.topk(min(top_k, logits_V.numel())).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < least, float("-inf"))
+    share_V = (logits_V / temperature).softmax(-1)
+    return int(torch.multinomial(share_V, 1, generator=generator))

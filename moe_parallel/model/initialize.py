@@ -1,0 +1,135 @@
+"""First values of all weights: a function of the seed, the parameter's name and the element's place in it.
+
+There is no generator whose state could differ: a shard draws exactly the numbers that the whole tensor would have
+there, on any number of ranks, any device and in any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+_WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module)\.")
+_RESIDUAL_OUTPUT = re.compile(r"(attention\.output|ffn(\.shared)?\.down)\.weight$|experts\.down$")
+_CPU_CHUNK = 1 << 16  # elements at once: fits the cache
+_DEVICE_CHUNK = 1 << 24
+
+
+@dataclass(kw_only=True)
+class InitConfig:
+    std: float = 0.02
+    """Standard deviation of all weight matrices (0.006 in DeepSeek's models); norms start at 1."""
+    scale_output_by_depth: bool = False
+    """Divide it by sqrt(2 * model.num_layers) for the matrices that write to the residual stream (GPT-2)."""
+
+    def __post_init__(self) -> None:
+        if self.std <= 0:
+            raise ValueError(f"init.std={self.std} must be positive")
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, config: InitConfig, seed: int) -> None:
+    """Set every parameter and buffer of a Transformer.
+
+    Args:
+        model: on a real device; parameters are plain tensors, or DTensors of which only this rank's shard is drawn.
+    Raises:
+        ValueError: a parameter is on the meta device, or has a name that no rule covers.
+    """
+    num_layers = model.architecture.model.num_layers
+    for wrapped_name, parameter in model.named_parameters():
+        name = _WRAPPERS.sub("", wrapped_name)
+        if parameter.is_meta:
+            raise ValueError(f"{name} has no memory yet; call model.to_empty(device=...) before init_weights")
+        if name.endswith("norm.weight"):
+            _local(parameter).fill_(1.0)
+        elif parameter.ndim >= 2:
+            scaled = config.scale_output_by_depth and _RESIDUAL_OUTPUT.search(name) is not None
+            std = config.std / math.sqrt(2 * num_layers) if scaled else config.std
+            fill_normal(parameter, std, stream_key(seed, name))
+        else:
+            raise ValueError(f"no rule says how to initialize {name} of shape {tuple(parameter.shape)}")
+    for name, buffer in model.named_buffers():
+        if not name.endswith("router.bias"):
+            raise ValueError(f"no rule says how to initialize buffer {name}")
+        _local(buffer).zero_()
+
+
+def stream_key(seed: int, name: str) -> int:
+    """A 64-bit number, as a signed integer, that is as good as independent for each seed and name."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def fill_normal(parameter: Tensor, std: float, key: int) -> None:
+    """Fill this rank's shard with N(0, std^2); element i of the whole tensor is a hash of (key, i)."""
+    local = _local(parameter)
+    strides = [math.prod(parameter.shape[dim + 1 :]) for dim in range(parameter.ndim)]
+    offsets = [index * stride for index, stride in zip(_held_indices(parameter), strides)]
+    _fill(local, offsets, std, key)
+
+
+def _fill(local: Tensor, offsets: list[Tensor], std: float, key: int) -> None:
+    """`offsets[dim][i]`: what index i along `dim` adds to the flat index in the whole tensor. int64, on the host."""
+    if local.ndim > 2:
+        for part, offset in zip(local, offsets[0].tolist()):
+            _fill(part, [offsets[1] + offset, *offsets[2:]], std, key)
+        return
+    if local.numel() == 0:
+        return
+    columns = offsets[1].to(local.device)
+    limit = _CPU_CHUNK if local.device.type == "cpu" else _DEVICE_CHUNK
+    rows_at_once = max(1, limit // local.shape[1])
+    for rows, row_offsets in zip(local.split(rows_at_once), offsets[0].split(rows_at_once)):
+        index = row_offsets.to(local.device).unsqueeze(1) + columns
+        rows.copy_(hashed_normal(index, key).mul_(std))
+
+
+def hashed_normal(index: Tensor, key: int) -> Tensor:
+    """Standard normal numbers, float64: a function of (key, index) alone.
+
+    The hash is splitmix64 (Steele, Lea, Flood 2014) with the key as its start; int64 arithmetic wraps. All in
+    float64, so that devices whose last bits differ still agree after rounding to float32, but for rare ties.
+    """
+    z = index * -0x61C8864680B583EB + key
+    z = (z ^ _shift(z, 30)) * -0x40A7B892E31B1A47
+    z = (z ^ _shift(z, 27)) * -0x6B2FB644ECCEEE15
+    z = z ^ _shift(z, 31)
+    uniform = _shift(z, 11).double().add_(0.5).mul_(2.0**-52).sub_(1.0)  # in (-1, 1), never at its ends
+    return uniform.erfinv_().mul_(math.sqrt(2.0))
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right: int64 shifts copy the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
+
+
+def _held_indices(parameter: Tensor) -> list[Tensor]:
+    """For each dimension the indices that this rank holds of it; int64, on the host.
+
+    The index vectors are split just as the tensor was, which also covers a dimension that is split twice.
+    """
+    held = [torch.arange(size) for size in parameter.shape]
+    if not isinstance(parameter, DTensor):
+        return held
+    coordinate = parameter.device_mesh.get_coordinate()
+    assert coordinate is not None
+    for axis, placement in enumerate(parameter.placements):
+        if placement.is_replicate():
+            continue
+        if type(placement) is not Shard:
+            raise ValueError(f"cannot initialize a tensor that is placed as {placement}")
+        pieces = held[placement.dim].chunk(parameter.device_mesh.size(axis))
+        place = coordinate[axis]
+        held[placement.dim] = pieces[place] if place < len(pieces) else held[placement.dim][:0]
+    return held

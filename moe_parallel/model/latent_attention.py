@@ -1,0 +1,95 @@
+"""Multi-head latent attention: keys and values are expanded from one small vector a token."""
+
+from __future__ import annotations
+
+import torch
+from moe_data.batch import TokenBatch
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from moe_parallel.model.attention import AttentionConfig, attend
+from moe_parallel.model.rope import Rotary, latent_softmax_factor, rotate_pairs
+
+
+@dataclass(kw_only=True)
+class LatentConfig(AttentionConfig):
+    q_rank: int | None = None
+    """Width of the latent that queries are expanded from; null projects queries directly (V2-Lite)."""
+    kv_rank: int = 64
+    """Width of the latent that keys and values are expanded from: what a cache would hold for each token."""
+    nope_head_dim: int = 32
+    """Width of the part of a query or key head without positions."""
+    rope_head_dim: int = 16
+    """Width of the rotated part; all heads share one rotated key."""
+    value_head_dim: int = 32
+    """Width of a value head."""
+
+    def __post_init__(self) -> None:
+        AttentionConfig.__post_init__(self)
+        for name in ("kv_rank", "nope_head_dim", "rope_head_dim", "value_head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"attention.{name}={getattr(self, name)} must be at least 1")
+        if self.q_rank is not None and self.q_rank < 1:
+            raise ValueError(f"attention.q_rank={self.q_rank} must be at least 1; null projects directly")
+        if self.rope_head_dim % 2 != 0:
+            raise ValueError(
+                f"attention.rope_head_dim={self.rope_head_dim} must be even: it is rotated in pairs"
+            )
+
+    @property
+    def query_head_dim(self) -> int:
+        """Width of a query or key head."""
+        return self.nope_head_dim + self.rope_head_dim
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention. Source: DeepSeek-V2, arXiv 2405.04434 section 2.1.
+
+    Trains in the expanded form: the absorbed form saves cache, not training work.
+    """
+
+    def __init__(self, dim: int, config: LatentConfig, norm_epsilon: float) -> None:
+        super().__init__()
+        self.config = config
+        query_dim = config.num_heads * config.query_head_dim
+        if config.q_rank is None:
+            self.query = nn.Linear(dim, query_dim, bias=False)
+        else:
+            self.query_down = nn.Linear(dim, config.q_rank, bias=False)
+            self.query_norm = nn.RMSNorm(config.q_rank, eps=norm_epsilon)
+            self.query_up = nn.Linear(config.q_rank, query_dim, bias=False)
+        self.latent_down = nn.Linear(dim, config.kv_rank + config.rope_head_dim, bias=False)
+        self.latent_norm = nn.RMSNorm(config.kv_rank, eps=norm_epsilon)
+        expanded_dim = config.num_heads * (config.nope_head_dim + config.value_head_dim)
+        self.latent_up = nn.Linear(config.kv_rank, expanded_dim, bias=False)
+        self.output = nn.Linear(config.num_heads * config.value_head_dim, dim, bias=False)
+        self.rotary = Rotary(config.rope, config.rope_head_dim)
+        self.scale = config.query_head_dim**-0.5 * latent_softmax_factor(config.rope)
+
+    def forward(self, x_BSD: Tensor, batch: TokenBatch) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        rotation = self.rotary(batch.position_BS)
+        q_BHSd = self._queries(x_BSD, rotation)
+        k_BHSd, v_BHSd = self._keys_values(x_BSD, rotation)
+        out_BHSd = attend(q_BHSd, k_BHSd, v_BHSd, batch, self.scale, self.config.core)
+        return self.output(out_BHSd.transpose(1, 2).flatten(2))
+
+    def _queries(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        config = self.config
+        if config.q_rank is None:
+            q_BSD = self.query(x_BSD)
+        else:
+            q_BSD = self.query_up(self.query_norm(self.query_down(x_BSD)))
+        q_BHSd = q_BSD.unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
+        plain, rotated = q_BHSd.split([config.nope_head_dim, config.rope_head_dim], dim=-1)
+        return torch.cat([plain, rotate_pairs(rotated, rotation)], dim=-1)
+
+    def _keys_values(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        config = self.config
+        latent, shared_key = self.latent_down(x_BSD).split([config.kv_rank, config.rope_head_dim], dim=-1)
+        expanded = (
+            self.latent_up(self.latent_norm(latent)).unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
+        )
+        plain, v_BHSd = expanded.split([config.nope_head_dim, config.value_head_dim], dim=-1)
+        rotated = rotate_pairs(shared_key.unsqueeze(1), rotation).expand(-1, config.num_heads, -1, -1)
+        return torch.cat([plain, rotated], dim=-1), v_BHSd

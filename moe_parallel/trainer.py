@@ -1,0 +1,428 @@
+"""The training loop: one step you can read from top to bottom, evaluation, and stopping together."""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass as plain_dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from moe_data.batch import TokenBatch
+from moe_data.loader import TrainingData, ValidationData, merge_states
+from moe_data.prefetch import Prefetcher
+from pydantic.dataclasses import dataclass
+
+from moe_parallel.checkpoint.checkpointer import CheckpointConfig, Checkpointer
+from moe_parallel.engines.native import NativeEngine
+from moe_parallel.optim import OptimConfig, learning_rate
+from moe_parallel.statistics import StepSums, expert_metrics
+from moe_parallel.tracking import NullTracker, Tracker, TrackingConfig
+
+
+class DType(str, Enum):
+    auto = "auto"
+    """bfloat16 on a GPU, float32 on a CPU."""
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Nonfinite(str, Enum):
+    stop = "stop"
+    """End the run with an error that names the first bad layer; the last checkpoint stays as it is."""
+    skip = "skip"
+    """Drop the step's gradients, count it, and go on; ten in a row end the run."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    steps: int = 600
+    """Optimizer steps of the whole run."""
+    sequence_tokens: int = 256
+    """Tokens of one packed sequence."""
+    global_batch_tokens: int = 8192
+    """Tokens of one optimizer step, over all ranks and micro-batches."""
+    micro_batch_sequences: int | None = None
+    """Sequences a rank computes at once; null takes its whole part of the global batch."""
+    seed: int = 1
+    """Seed of the weights and of the order of the data."""
+    dtype: DType = DType.auto
+    """Type of the compute; weights, router, reductions and optimizer stay in float32."""
+    dry_batch: bool = True
+    """Run one batch forward and backward before step 1, so that a lack of memory shows at once."""
+    nonfinite: Nonfinite = Nonfinite.stop
+    """What a NaN or infinite loss or gradient does."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "sequence_tokens", "global_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.global_batch_tokens % self.sequence_tokens != 0:
+            raise ValueError(
+                f"train.global_batch_tokens={self.global_batch_tokens} must be a multiple of "
+                f"train.sequence_tokens={self.sequence_tokens}"
+            )
+        if self.micro_batch_sequences is not None and self.micro_batch_sequences < 1:
+            raise ValueError(f"train.micro_batch_sequences={self.micro_batch_sequences} must be at least 1")
+
+    @property
+    def global_batch_sequences(self) -> int:
+        """Sequences of one optimizer step."""
+        return self.global_batch_tokens // self.sequence_tokens
+
+    def micro_batches(self, ranks: int) -> tuple[int, int]:
+        """(micro-batches of a rank per step, sequences of one)."""
+        if self.global_batch_sequences % ranks != 0:
+            raise ValueError(
+                f"train.global_batch_tokens={self.global_batch_tokens} is {self.global_batch_sequences} sequences, "
+                f"which {ranks} ranks cannot share evenly; use a multiple of {ranks * self.sequence_tokens} tokens"
+            )
+        per_rank = self.global_batch_sequences // ranks
+        size = per_rank if self.micro_batch_sequences is None else self.micro_batch_sequences
+        if per_rank % size != 0:
+            raise ValueError(
+                f"train.micro_batch_sequences={size} does not divide the {per_rank} sequences of each rank; legal "
+                f"values: {[d for d in range(1, per_rank + 1) if per_rank % d == 0]}"
+            )
+        return per_rank // size, size
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    every_steps: int = 200
+    """Evaluate every so many steps, and always at the end; 0 evaluates at the end only."""
+    sample_tokens: int = 96
+    """Tokens of generated text at the end; 0 writes none."""
+    sample_prompt: str = "def "
+    """Text that the sample continues."""
+    sample_temperature: float = 0.8
+    """Temperature of the sample; 0 takes the likeliest token."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "sample_tokens", "sample_temperature"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"evaluation.{name}={getattr(self, name)} must not be negative")
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 mean the same: finish the step, save, leave. They may come several times."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self._seen = False
+
+    def requested(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self._seen
+
+    @contextmanager
+    def installed(self) -> Iterator[StopSignal]:
+        """Handle the signals inside the block; the handler only sets a flag."""
+        before = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+        try:
+            yield self
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _handle(self, signum: int, frame: object) -> None:
+        self._seen = True
+
+
+class NonfiniteError(RuntimeError):
+    """A NaN or infinite loss or gradient, with the first layer that produced one."""
+
+
+class Stopped(Exception):
+    """All ranks agreed to stop."""
+
+
+@plain_dataclass
+class TrainState:
+    """What changes from step to step besides weights and optimizer."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped_in_a_row: int = 0
+
+
+@plain_dataclass(frozen=True)
+class TrainerConfig:
+    """The option sections that the loop reads."""
+
+    train: TrainConfig
+    optim: OptimConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+    prefetch_steps: int
+
+
+@plain_dataclass
+class Meter:
+    """Tokens and seconds of training since the last log line; evaluation and saving are not in it."""
+
+    flops_per_token: float
+    """Forward and backward, active parameters only."""
+    peak_flops_per_second: float | None
+    """Of all ranks' devices together; None where it is not known."""
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """One step."""
+        self.steps, self.tokens, self.seconds = self.steps + 1, self.tokens + tokens, self.seconds + seconds
+
+    def take(self) -> dict[str, float]:
+        """Rates since the last call."""
+        metrics = {
+            "time/step_seconds": self.seconds / self.steps,
+            "speed/tokens_per_second": self.tokens / self.seconds,
+        }
+        if self.peak_flops_per_second is not None:
+            used = self.flops_per_token * self.tokens / self.seconds
+            metrics["speed/model_flops_utilization_percent"] = 100 * used / self.peak_flops_per_second
+        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        return metrics
+
+
+class Trainer:
+    """Runs the loop on one rank. All ranks call every method in the same order."""
+
+    def __init__(
+        self,
+        *,
+        config: TrainerConfig,
+        engine: NativeEngine,
+        data: TrainingData,
+        validation: ValidationData,
+        tracker: Tracker | NullTracker,
+        checkpointer: Checkpointer,
+        identity: dict[str, Any],
+        meter: Meter,
+        stop: StopSignal,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.data = data
+        self.validation = validation
+        self.tracker = tracker
+        self.checkpointer = checkpointer
+        self.identity = identity
+        self.meter = meter
+        self.stop = stop
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.num_micro_batches, self.micro_batch_sequences = config.train.micro_batches(self.world)
+        self.state = TrainState()
+        self.data_state = data.state_dict()
+        self.last_metrics: dict[str, float] = {}
+        """Of the final step: logged together with the final evaluation, for a step has one line."""
+        self._saved_step: int | None = None
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train from the current state to the last step and save. Raises Stopped, after saving, when told to leave."""
+        state, total = self.state, self.config.train.steps
+        prefetcher = Prefetcher(
+            self.data,
+            start_step=state.step,
+            end_step=total,
+            rank=self.rank,
+            world=self.world,
+            micro_batch_sequences=self.micro_batch_sequences,
+            num_micro_batches=self.num_micro_batches,
+            depth=self.config.prefetch_steps,
+        )
+        try:
+            dry_batch = self.config.train.dry_batch
+            while state.step < total:
+                started = time.perf_counter()
+                batches = prefetcher.next(self.stop.requested)
+                num_targets, num_valid = self._agree(batches)
+                assert batches is not None
+                if dry_batch:
+                    self._dry_batch(batches[0])
+                    dry_batch, started = False, time.perf_counter()
+                metrics = self.train_step(batches, num_targets, num_valid)
+                self.data_state = prefetcher.state_dict()
+                self.meter.add(num_valid, time.perf_counter() - started)
+                self._after_step(metrics)
+            self.save()
+        except Stopped:
+            self.save()
+            raise
+        finally:
+            prefetcher.close()
+
+    def train_step(self, batches: list[TokenBatch], num_targets: int, num_valid: int) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches.
+
+        Args:
+            num_targets, num_valid: of the whole global batch.
+        Returns:
+            Metrics, equal on all ranks.
+        """
+        state, engine, config = self.state, self.engine, self.config
+        batches = [batch.to(engine.device) for batch in batches]
+        sums, estimate_error = engine.forward_backward(batches, state.step, num_targets, num_valid)
+        totals = sums.summed(engine.group)
+        norm = engine.gradient_norm()
+        rate = learning_rate(config.optim, state.step, config.train.steps)
+        loss, norm_value = float(totals.cross_entropy) / num_targets, float(norm)
+        if math.isfinite(loss) and math.isfinite(norm_value):
+            engine.step(rate, norm)
+            engine.update_router_bias(totals.count_LE)
+            state.skipped_in_a_row = 0
+        else:
+            engine.zero_grad()
+            self._nonfinite(loss, norm_value, batches)
+        state.step += 1
+        state.tokens += num_valid
+        metrics = {
+            "loss/cross_entropy_nats": loss,
+            "loss/total_nats": loss + float(totals.balance) / num_valid,
+            "grad/norm": norm_value,
+            "optim/learning_rate": rate,
+            **expert_metrics(totals, num_valid, [layer.layer for layer in engine.layers]),
+        }
+        if engine.architecture.balance.global_coefficient > 0 and engine.layers:
+            metrics["balance/global_estimate_error"] = float(estimate_error)
+        self._heat_map(totals)
+        return metrics
+
+    def _after_step(self, metrics: dict[str, float]) -> None:
+        """Log, save, evaluate: whatever is due. The end of the run saves and evaluates in its own order."""
+        step, config = self.state.step, self.config
+        last = step == config.train.steps
+        self.checkpointer.poll()
+        if not last and self.checkpointer.due(step):
+            self.save()
+        every = config.evaluation.every_steps
+        evaluation_due = not last and every > 0 and step % every == 0
+        if evaluation_due:
+            metrics.update(self.evaluate())
+        if evaluation_due or config.tracking.log_due(step, config.train.steps):
+            metrics.update(self.meter.take())
+            metrics["memory/peak_GiB"] = peak_memory_bytes(self.engine.device) / 2**30
+            if last:
+                self.last_metrics = metrics
+            else:
+                self.tracker.log(step, self.state.tokens, metrics)
+
+    def _dry_batch(self, batch: TokenBatch) -> None:
+        """Forward and backward without any effect but memory, so that a lack of it shows before step 1."""
+        engine = self.engine
+        before = engine.previous_count_LE
+        engine.forward_backward([batch.to(engine.device)], self.state.step, 1, 1)
+        engine.previous_count_LE = before
+        engine.zero_grad()
+        self._agree_to_stop()
+
+    def _nonfinite(self, loss: float, norm: float, batches: list[TokenBatch]) -> None:
+        state = self.state
+        state.skipped_in_a_row += 1
+        where = None
+        for batch in batches:
+            where = where or self.engine.first_nonfinite_module(batch)
+        place = f"first in {where}" if where else "in the backward pass only"
+        what = f"step {state.step + 1}: loss {loss}, gradient norm {norm}, {place}"
+        if self.config.train.nonfinite is Nonfinite.stop:
+            raise NonfiniteError(f"{what}; resume with a lower optim.learning_rate, or set train.nonfinite=skip")
+        if state.skipped_in_a_row >= 10:
+            raise NonfiniteError(f"{what}; ten steps in a row were skipped")
+        self.tracker.warning(f"{what}; skipped")
+
+    # -- agreement -----------------------------------------------------------------------------------------------
+
+    def _agree(self, batches: list[TokenBatch] | None) -> tuple[int, int]:
+        """Sum targets and valid tokens of the global batch, and stop together if any rank was asked to."""
+        mine = batches or []
+        stop = float(batches is None or self.stop.requested())
+        counts = torch.tensor(
+            [stop, sum(b.num_targets for b in mine), sum(b.num_valid for b in mine)], dtype=torch.float64
+        )
+        dist.all_reduce(counts)
+        if counts[0] > 0:
+            raise Stopped
+        return int(counts[1]), int(counts[2])
+
+    def _agree_to_stop(self) -> None:
+        self._agree([])
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Save a checkpoint of the current state; a step that is saved already is not saved again."""
+        state, engine = self.state, self.engine
+        if self._saved_step == state.step:
+            return
+        states: list[Any] = [None] * self.world
+        dist.all_gather_object(states, self.data_state)
+        extra = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "data": merge_states(states),
+            "tracking": self.tracker.state(state.step),
+            "previous_count": engine.previous_count_LE,
+            "last_metrics": self.last_metrics,
+        }
+        self.checkpointer.save(
+            state.step, engine.model, engine.optimizer, extra, self.identity, tokens=state.tokens
+        )
+        self._saved_step = state.step
+
+    def restore(self, extra: dict[str, Any]) -> None:
+        """Continue from what `save` kept besides model and optimizer."""
+        self.state = TrainState(step=extra["step"], tokens=extra["tokens"])
+        self._saved_step = self.state.step
+        self.last_metrics = extra["last_metrics"] if self.state.step == self.config.train.steps else {}
+        self.engine.previous_count_LE = extra["previous_count"].to(self.engine.device)
+        self.data.load_state_dict(extra["data"])
+        self.data_state = self.data.state_dict()
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> dict[str, float]:
+        """Validation loss per domain and over all; equal on all ranks. Raises Stopped between batches."""
+        metrics: dict[str, float] = {}
+        all_loss, all_targets = 0.0, 0
+        for domain in self.validation.domains:
+            loss, targets = self._domain_loss(domain)
+            metrics[f"validation/{domain}/cross_entropy_nats"] = loss / targets
+            all_loss, all_targets = all_loss + loss, all_targets + targets
+        if all_targets:
+            metrics["validation/cross_entropy_nats"] = all_loss / all_targets
+        return metrics
+
+    def _domain_loss(self, domain: str) -> tuple[float, int]:
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in self.validation.batches(domain, self.rank, self.world, self.micro_batch_sequences):
+            self._agree_to_stop()
+            part: StepSums = self.engine.evaluate(batch.to(self.engine.device))
+            sums += torch.tensor([float(part.cross_entropy), batch.num_targets], dtype=torch.float64)
+        dist.all_reduce(sums)
+        return float(sums[0]), int(sums[1])
+
+    def _heat_map(self, totals: StepSums) -> None:
+        if self.engine.layers and self.config.tracking.heatmap_due(self.state.step):
+            count_LE = totals.count_LE.cpu()
+            load_LE = count_LE / count_LE.mean(-1, keepdim=True).clamp(min=1e-30)
+            self.tracker.image(self.state.step, "experts/load", load_LE.tolist())
+
+
+def peak_memory_bytes(device: torch.device) -> float:
+    """Most memory in use so far: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)
