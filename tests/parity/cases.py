@@ -113,10 +113,15 @@ def _prepare(model: torch.nn.Module, case: Case) -> None:
             layer.router.bias[:half] += 100.0
 
 
-def run_engine(case: Case) -> list[Outcome]:
-    """The engine on this rank, gradients gathered to full tensors."""
+def run_engine(case: Case, as_one: bool = False) -> list[Outcome]:
+    """The engine on this rank, gradients gathered to full tensors.
+
+    Args:
+        as_one: one rank computes the rows of all ranks, micro-batch by micro-batch.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
-    parallel = ParallelConfig(ep=case.ep, shard=case.shard, recompute=Recompute(case.recompute))
+    ep, shard = (1, None) if as_one else (case.ep, case.shard)
+    parallel = ParallelConfig(ep=ep, shard=shard, recompute=Recompute(case.recompute))
     layout = make_layout(parallel, world, case.num_experts)
     mesh = ParallelMesh(layout, "cpu")
     compute = getattr(torch, case.dtype)
@@ -126,7 +131,8 @@ def run_engine(case: Case) -> list[Outcome]:
     _prepare(engine.model, case)
     outcomes = []
     for step in range(STEPS):
-        batches = [case.batch(step, m, rank) for m in range(case.micro_batches)]
+        mine = range(case.world) if as_one else [rank]
+        batches = [join_batches([case.batch(step, m, r) for r in mine]) for m in range(case.micro_batches)]
         sizes = torch.tensor([sum(b.num_targets for b in batches), sum(b.num_valid for b in batches)])
         dist.all_reduce(sizes)
         sums, _ = engine.forward_backward(batches, step, int(sizes[0]), int(sizes[1]))

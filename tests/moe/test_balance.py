@@ -1,0 +1,171 @@
+"""Balance losses and the bias rule against closed forms.
+
+1. values at balance and at collapse   2. scopes   3. gradient   4. padding   5. the loss-free rule
+"""
+
+import pytest
+import torch
+
+from moe_parallel.moe.balance import (
+    BalanceConfig,
+    balance_loss_sum,
+    balance_terms,
+    bias_step,
+    selection_counts,
+    z_loss_sum,
+)
+from moe_parallel.moe.routing import ForwardContext, LayerContext, normalized_counts
+
+
+def one_hot_scores(experts, num_experts):
+    return torch.nn.functional.one_hot(torch.tensor(experts), num_experts).double()
+
+
+def terms(config, score_TE, expert_TK, shape, valid_T=None, **forward):
+    context = LayerContext(layer=0, batch_shape=shape, valid_T=valid_T, forward=ForwardContext(**forward))
+    counts = selection_counts(expert_TK, score_TE.shape[1], context)
+    return balance_terms(config, score_TE, *counts, context)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_one_at_balance_whatever_k(top_k):
+    """Codebases differ by a factor k here, which makes a coefficient mean nothing. Exact: all terms are 1/8."""
+    num_tokens = 16
+    expert_TK = (torch.arange(num_tokens)[:, None] * top_k + torch.arange(top_k)) % 8
+    score_TE = torch.full((num_tokens, 8), 1 / 8, dtype=torch.float64)
+    for name in ("sequence", "micro_batch", "data_parallel", "global"):
+        config = BalanceConfig(**{f"{name}_coefficient": 0.5})
+        weighted, value, _, _ = terms(config, score_TE, expert_TK, (1, num_tokens))
+        assert float(value) / num_tokens == pytest.approx(1.0, abs=1e-15)
+        assert float(weighted) / num_tokens == pytest.approx(0.5, abs=1e-15)
+
+
+def test_collapse_costs_experts_over_k():
+    """All tokens to the same k of E experts, with all probability on them: E / k (the maximum at these loads)."""
+    expert_TK = torch.tensor([[0, 1]] * 10)
+    score_TE = torch.zeros(10, 8, dtype=torch.float64)
+    score_TE[:, :2] = 0.5
+    _, value, _, _ = terms(BalanceConfig(micro_batch_coefficient=1.0), score_TE, expert_TK, (2, 5))
+    assert float(value) / 10 == pytest.approx(8 / 2, abs=1e-14)
+
+
+def test_specialized_domains_cost_nothing_globally():
+    """Four domain-pure micro-batches, each with two experts of its own: 4.0 per micro-batch, 1.0 over the batch.
+
+    The closed form of arXiv 2501.11873's argument; a global loss that only sees its own micro-batch gives 4."""
+    total_E = torch.zeros(8, dtype=torch.float64)
+    batches = []
+    for domain in range(4):
+        expert_TK = torch.tensor([[2 * domain], [2 * domain + 1]] * 4)
+        batches.append((one_hot_scores(expert_TK.flatten().tolist(), 8), expert_TK))
+        total_E += torch.bincount(expert_TK.flatten(), minlength=8)
+    for score_TE, expert_TK in batches:
+        _, micro, _, _ = terms(BalanceConfig(micro_batch_coefficient=1.0), score_TE, expert_TK, (1, 8))
+        assert float(micro) / 8 == pytest.approx(4.0, abs=1e-14)
+        exact = {"prior_count_LE": total_E[None], "prior_is_total": True}
+        _, value, _, used_E = terms(BalanceConfig(global_coefficient=1.0), score_TE, expert_TK, (1, 8), **exact)
+        assert float(value) / 8 == pytest.approx(1.0, abs=1e-14)
+        torch.testing.assert_close(used_E, normalized_counts(total_E), rtol=0, atol=0)
+
+
+def test_buffered_counts_approach_the_global_value():
+    """With the counts so far as the prior the same batches cost 4, 2, 4/3, 1: the order bias of a plain buffer."""
+    seen_E = torch.zeros(8, dtype=torch.float64)
+    values = []
+    for domain in range(4):
+        expert_TK = torch.tensor([[2 * domain], [2 * domain + 1]] * 4)
+        score_TE = one_hot_scores(expert_TK.flatten().tolist(), 8)
+        config = BalanceConfig(global_coefficient=1.0)
+        _, value, step_count_E, _ = terms(config, score_TE, expert_TK, (1, 8), prior_count_LE=seen_E[None])
+        seen_E = seen_E + step_count_E
+        values.append(float(value) / 8)
+    assert values == pytest.approx([4.0, 2.0, 4 / 3, 1.0], abs=1e-14)
+
+
+def test_sequence_scope_is_the_mean_over_sequences():
+    """Two sequences, each collapsed on its own experts: the batch is balanced, the sequences are not."""
+    expert_TK = torch.tensor([[0], [0], [1], [1]])
+    score_TE = one_hot_scores([0, 0, 1, 1], 2)
+    _, sequence, _, _ = terms(BalanceConfig(sequence_coefficient=1.0), score_TE, expert_TK, (2, 2))
+    _, micro, _, _ = terms(BalanceConfig(micro_batch_coefficient=1.0), score_TE, expert_TK, (2, 2))
+    assert float(sequence) / 4 == pytest.approx(2.0)
+    assert float(micro) / 4 == pytest.approx(1.0)
+
+
+def test_several_scopes_add_up():
+    """Each configured loss enters with its own weight."""
+    expert_TK = torch.tensor([[0], [0], [1], [1]])
+    score_TE = one_hot_scores([0, 0, 1, 1], 2)
+    config = BalanceConfig(sequence_coefficient=0.1, micro_batch_coefficient=0.01)
+    weighted, _, _, _ = terms(config, score_TE, expert_TK, (2, 2))
+    assert float(weighted) / 4 == pytest.approx(0.1 * 2 + 0.01 * 1)
+
+
+def test_gradient_flows_through_scores_only():
+    """d/dp of E * f . p is E * f: the shares must be constants of the loss."""
+    score_E = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64, requires_grad=True)
+    share_E = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64, requires_grad=True)
+    balance_loss_sum(share_E, score_E).backward()
+    torch.testing.assert_close(score_E.grad, 3 * share_E.detach(), rtol=0, atol=0)
+    assert share_E.grad is None
+
+
+def test_padding_is_in_neither_factor():
+    """Padding in the counts or in the scores makes the loss depend on how full the batch is."""
+    g = torch.Generator().manual_seed(0)
+    score_TE = torch.softmax(torch.randn(6, 4, generator=g, dtype=torch.float64), -1)
+    expert_TK = score_TE.topk(2).indices
+    valid_T = torch.tensor([True, True, True, True, False, False])
+    for name in ("sequence", "micro_batch", "data_parallel", "global"):
+        config = BalanceConfig(**{f"{name}_coefficient": 1.0})
+        padded = terms(config, score_TE, expert_TK, (1, 6), valid_T)[0]
+        alone = terms(config, score_TE[:4], expert_TK[:4], (1, 4))[0]
+        assert float(padded) == pytest.approx(float(alone), rel=1e-15)
+
+
+def test_z_loss():
+    """Closed form: E equal logits c have log-sum-exp c + log E; the padding row must not count."""
+    logit_TE = torch.full((3, 4), 2.0, dtype=torch.float64)
+    valid_T = torch.tensor([True, True, False])
+    wanted = 2 * (2.0 + torch.log(torch.tensor(4.0, dtype=torch.float64))) ** 2
+    assert float(z_loss_sum(logit_TE, valid_T)) == pytest.approx(float(wanted), rel=1e-15)
+
+
+def test_bias_step_signs():
+    """Overloaded experts go down, underloaded up, the mean stays; the wrong sign diverges."""
+    new = bias_step(torch.zeros(3), torch.tensor([10, 4, 1]), 0.01)
+    assert new.tolist() == pytest.approx([-0.01, 0.01, 0.01])
+    assert bias_step(torch.zeros(3), torch.tensor([5, 5, 5]), 0.01).tolist() == [0, 0, 0]
+
+
+def test_bias_closes_the_loop():
+    """Fixed scores with expert offsets of spread 0.3: the bias must cancel them within spread / rate = 300 steps.
+
+    MaxVio at the end is noise of one rate: loads move by less than 15 % for a bias error of 0.002."""
+    g = torch.Generator().manual_seed(0)
+    offset_E = torch.linspace(-0.15, 0.15, 8)
+    bias_E = torch.zeros(8)
+    load_E = torch.zeros(8)
+    for step in range(400):
+        score_TE = torch.rand(2000, 8, generator=g) + offset_E
+        chosen = (score_TE + bias_E).topk(2).indices.flatten()
+        load_E = torch.bincount(chosen, minlength=8)
+        if step == 0:
+            first = float(load_E.max() / load_E.float().mean()) - 1
+        bias_E = bias_step(bias_E, load_E, 0.001)
+    last = float(load_E.max() / load_E.float().mean()) - 1
+    assert first > 0.4
+    assert last < 0.15
+    spread = bias_E + offset_E
+    assert float(spread.max() - spread.min()) < 0.03
+
+
+def test_shares_without_tokens_are_equal():
+    """A rank or sequence that is all padding must give no NaN."""
+    assert normalized_counts(torch.zeros(4)).tolist() == [0.25] * 4
+
+
+def test_negative_coefficient_is_refused():
+    """A negative weight would reward imbalance."""
+    with pytest.raises(ValueError, match=r"balance.global_coefficient=-1"):
+        BalanceConfig(global_coefficient=-1)
