@@ -40,6 +40,7 @@ parity: $(READY)
 	$(BIN)/python -m pytest -q tests/parity $(ARGS)
 
 bench: $(READY)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/against_transformers.py $(ARGS)
 
 check: $(READY)

@@ -67,9 +67,7 @@ class Console:
         self._live: Live | None = None
         if mode is ConsoleMode.panel:
             rich = RichConsole(file=self._stream, force_terminal=True)
-            self._live = Live(
-                console=rich, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False
-            )
+            self._live = Live(console=rich, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
 
     def update(self, step: int, tokens: int, metrics: dict[str, float]) -> None:

@@ -47,9 +47,7 @@ def write_heatmap(
     box = (margins["left"] / full[0], margins["bottom"] / full[1], width / full[0], height / full[1])
     axes = figure.add_axes(box)
     largest = max(max(row) for row in matrix)
-    image = axes.imshow(
-        matrix, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0.0, vmax=largest or 1.0
-    )
+    image = axes.imshow(matrix, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0.0, vmax=largest or 1.0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=max(1, width // 40), integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=max(1, height // 20), integer=True))
     axes.set_xlabel(column_label)

@@ -55,9 +55,7 @@ class TrackingConfig:
         if self.log_every_steps < 1:
             raise ValueError(f"tracking.log_every_steps={self.log_every_steps} must be at least 1")
         if self.heatmap_every_steps < 0:
-            raise ValueError(
-                f"tracking.heatmap_every_steps={self.heatmap_every_steps} must be 0 (none) or more"
-            )
+            raise ValueError(f"tracking.heatmap_every_steps={self.heatmap_every_steps} must be 0 (none) or more")
         for name in ("init_timeout_seconds", "finish_timeout_seconds"):
             # W&B takes 0 for "without limit", which is what these options are there to prevent.
             if getattr(self, name) <= 0:

@@ -126,7 +126,7 @@ def _start(mode: Literal["online", "offline"], arguments: dict[str, Any], option
 
 
 def _forget() -> None:
-    """End wandb's service process: it holds the id of a run that could not start, and refuses it to the next."""
+    """End wandb's service process: it would refuse the id of the run that could not start to the next one."""
     import wandb
 
     wandb.teardown()

@@ -23,15 +23,11 @@ KINDS = [kind.value for kind in SourceKind if kind is not SourceKind.tokens]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="prefix of the files to write")
     parser.add_argument("--tokenizer", required=True, help="bytes, a tokenizer.json, a folder or a Hub name")
     parser.add_argument("--end-of-document", help="text of the token that ends a document")
-    parser.add_argument(
-        "--name", help="name of the source (default: of the output); kind=embedded: the domain"
-    )
+    parser.add_argument("--name", help="name of the source (default: of the output); kind=embedded: the domain")
     parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument("--paths", nargs="*", default=[], help="files, folders, globs, or one Hub name")
     parser.add_argument("--text-field", default="text", help="column that holds the text")

@@ -23,9 +23,7 @@ KINDS = [kind.value for kind in SourceKind if kind is not SourceKind.tokens]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the tokenizer.json to write")
     parser.add_argument("--vocab-size", type=int, required=True, help="entries, end of document included")
     parser.add_argument("--name", default="corpus", help="kind=embedded: the domain")
@@ -63,9 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"train_tokenizer: {error}", file=sys.stderr)
         return 2
-    logging.info(
-        "wrote %s: %d entries in %.1f s", options.output, options.vocab_size, time.monotonic() - began
-    )
+    logging.info("wrote %s: %d entries in %.1f s", options.output, options.vocab_size, time.monotonic() - began)
     return 0
 
 

@@ -58,20 +58,26 @@ def _start(target: Callable[..., None], processes: int, world: int, fn: Any, arg
                     process.kill()
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
-        return [_result(Path(folder), rank, process.exitcode) for rank, process in enumerate(started)]
+        return _results(Path(folder), [process.exitcode for process in started])
 
 
 _QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
 
 
-def _result(folder: Path, rank: int, exit_code: int | None) -> Any:
-    path = folder / f"result_{rank}"
-    if not path.exists():
-        raise RankFailed(f"rank {rank} left no result (exit code {exit_code}; None means it hung)")
-    ok, value = pickle.loads(path.read_bytes())
-    if not ok:
-        raise RankFailed(f"rank {rank} failed:\n{value}")
-    return value
+def _results(folder: Path, exit_codes: list[int | None]) -> list[Any]:
+    values, problems = [], []
+    for rank, exit_code in enumerate(exit_codes):
+        path = folder / f"result_{rank}"
+        if not path.exists():
+            problems.append(f"rank {rank} left no result (exit code {exit_code}; None means it hung)")
+            continue
+        ok, value = pickle.loads(path.read_bytes())
+        values.append(value)
+        if not ok:
+            problems.append(f"rank {rank} failed:\n{value}")
+    if problems:  # all of them: the first to fail takes the others' connections down
+        raise RankFailed("\n".join(problems))
+    return values
 
 
 def _report(folder: str, rank: int, call: Callable[[], Any]) -> None:

@@ -58,17 +58,9 @@ def headers() -> list[Path]:
 
 def distributions(*patterns: str) -> list[Path]:
     """Files of installed packages' *.dist-info folders."""
-    places = sorted(
-        {Path(entry) for entry in sys.path if entry.endswith("-packages") and os.path.isdir(entry)}
-    )
+    places = sorted({Path(entry) for entry in sys.path if entry.endswith("-packages") and os.path.isdir(entry)})
     infos = [info for place in places for info in sorted(place.glob("*.dist-info"))]
-    return [
-        file
-        for info in infos
-        for pattern in patterns
-        for file in sorted(info.glob(pattern))
-        if file.is_file()
-    ]
+    return [file for info in infos for pattern in patterns for file in sorted(info.glob(pattern)) if file.is_file()]
 
 
 def read(file: Path) -> str | None:
@@ -145,8 +137,7 @@ DOMAINS: dict[str, tuple[str, Callable[[], list[Path]], Callable[[str], str]]] =
 def check_domain(domain: str) -> None:
     if domain not in DOMAINS:
         raise ValueError(
-            f"data.sources: name={domain} is not a domain of the embedded corpus; choose from "
-            f"{', '.join(DOMAINS)}"
+            f"data.sources: name={domain} is not a domain of the embedded corpus; choose from {', '.join(DOMAINS)}"
         )
 
 

@@ -61,13 +61,10 @@ class DataConfig:
         if not names:
             raise ValueError("data.sources is empty; add a source, or choose data=embedded")
         if twice:
-            raise ValueError(
-                f"data.sources: name={twice[0]} is given {names.count(twice[0])} times; rename one"
-            )
+            raise ValueError(f"data.sources: name={twice[0]} is given {names.count(twice[0])} times; rename one")
         if not any(source.weight for source in self.sources):
             raise ValueError(
-                f"data.sources: all weights are 0 ({', '.join(names)}): there is nothing to train on; raise "
-                "one"
+                f"data.sources: all weights are 0 ({', '.join(names)}): there is nothing to train on; raise one"
             )
         if self.validation_sequences < 0:
             raise ValueError(f"data.validation_sequences={self.validation_sequences} must be 0 or more")
@@ -173,9 +170,7 @@ class TrainingData:
         """Training tokens of each tokenized source; streaming ones are not counted."""
         return dict(self._identity["tokens"])
 
-    def batch(
-        self, step: int, micro_batch: int, rank: int, world: int, micro_batch_sequences: int
-    ) -> TokenBatch:
+    def batch(self, step: int, micro_batch: int, rank: int, world: int, micro_batch_sequences: int) -> TokenBatch:
         """One micro-batch of one data-parallel rank.
 
         Row i has the global sample index step*G + (micro_batch*world + rank)*b + i, which is its
@@ -237,9 +232,7 @@ class TrainingData:
         """
         step, micro_batch = self._next or (0, 0)
         if micro_batch:
-            raise ValueError(
-                f"data state asked after micro-batch {micro_batch - 1} of step {step}: finish the step"
-            )
+            raise ValueError(f"data state asked after micro-batch {micro_batch - 1} of step {step}: finish the step")
         streams = {self.source_names[index]: lanes.state_dict() for index, lanes in self._streams.items()}
         return {"identity": self._identity, "step": step if self._streams else None, "streams": streams}
 
@@ -258,9 +251,7 @@ class TrainingData:
                 )
         ours, theirs = [self.source_names[i] for i in self._streams], sorted(state["streams"])
         if sorted(ours) != theirs:
-            raise ValueError(
-                f"data state streams {theirs}, this run streams {sorted(ours)}; restore `streaming`"
-            )
+            raise ValueError(f"data state streams {theirs}, this run streams {sorted(ours)}; restore `streaming`")
         state = merge_states([state])
         for index, lanes in self._streams.items():
             lanes.load_state_dict(state["streams"][self.source_names[index]])
@@ -279,14 +270,10 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for name in ("identity", "step"):
             if state[name] != first[name]:
                 raise ValueError(
-                    f"data states disagree on {name}: {first[name]} and {state[name]}; use those of one "
-                    "checkpoint"
+                    f"data states disagree on {name}: {first[name]} and {state[name]}; use those of one checkpoint"
                 )
     rows = first["identity"]["global_batch_sequences"]
-    streams = {
-        name: merge_lanes([state["streams"][name] for state in states], rows, name)
-        for name in first["streams"]
-    }
+    streams = {name: merge_lanes([state["streams"][name] for state in states], rows, name) for name in first["streams"]}
     return {"identity": first["identity"], "step": first["step"], "streams": streams}
 
 
@@ -296,9 +283,7 @@ class ValidationData:
     Args: as TrainingData; `config.validation_sequences` per domain.
     """
 
-    def __init__(
-        self, config: DataConfig, tokenizer: Tokenizer, sequence_tokens: int, vocabulary: int
-    ) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, sequence_tokens: int, vocabulary: int) -> None:
         check_vocabulary(tokenizer, vocabulary)
         self._config = config
         self._sequence_tokens = sequence_tokens

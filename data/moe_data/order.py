@@ -48,9 +48,7 @@ def permute(index_N: np.ndarray, size: int, key: int) -> np.ndarray:
         raise ValueError(f"index {int(index_N.min())}..{int(index_N.max())} lies outside 0..{size - 1}")
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    round_keys = mix(
-        np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(key)
-    )
+    round_keys = mix(np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(key))
     x_N = index_N.astype(np.uint64).reshape(-1)
     outside_M = np.arange(x_N.size)
     while outside_M.size:
@@ -107,9 +105,7 @@ class Mixture:
         counts = [b - a for a, b in zip(before, after)]
         assert min(counts) >= 0, f"quota below 0 in block {block}: {counts}"
         ordered_N = np.repeat(np.arange(len(counts)), counts)
-        source_N = ordered_N[
-            permute(np.arange(self.block), self.block, derive_key(self._seed, "mixture", block))
-        ]
+        source_N = ordered_N[permute(np.arange(self.block), self.block, derive_key(self._seed, "mixture", block))]
         index_N = np.empty(self.block, dtype=np.int64)
         for source, first in enumerate(before):
             places = np.flatnonzero(source_N == source)

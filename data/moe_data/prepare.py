@@ -129,9 +129,7 @@ def build(folder: Path, source: SourceConfig, tokenizer: Tokenizer, validation_t
     apart = validation_documents(source)
     if apart is not None:
         limit = validation_tokens if source.streaming else None
-        counted = write_shard(
-            folder / "validation", tokenize(apart, tokenizer), tokenizer, source.name, limit
-        )
+        counted = write_shard(folder / "validation", tokenize(apart, tokenizer), tokenizer, source.name, limit)
         refuse_empty(source, "validation", counted)
         if not source.streaming:
             counted = write_shard(
@@ -305,9 +303,7 @@ def open_shards(source: SourceConfig, tokenizer: Tokenizer) -> PreparedSource:
         taken = min(held, shard.num_documents)
         held -= taken
         border -= shard.num_tokens - shard.start(shard.num_documents - taken)
-    return PreparedSource(
-        config=source, train=StoreRange(shards, 0, border), validation=StoreRange(shards, border)
-    )
+    return PreparedSource(config=source, train=StoreRange(shards, 0, border), validation=StoreRange(shards, border))
 
 
 def open_shard(prefix: str, tokenizer: Tokenizer) -> Shard:
@@ -343,9 +339,7 @@ def bpe_trainer(sources: Sequence[SourceConfig], cache_dir: str | Path) -> Calla
                     "vocabulary; set tokenizer.kind=file with the tokenizer that made it"
                 )
         shares = [(source, bpe_share(source, sources, config.train_megabytes)) for source in sources]
-        content = [
-            [describe_content(source, resolve_paths(source, source.paths)), share] for source, share in shares
-        ]
+        content = [[describe_content(source, resolve_paths(source, source.paths)), share] for source, share in shares]
         decides = json.dumps([content, config.vocab_size, tokenizers.__version__])
         name = f"bpe-{config.vocab_size}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}"
 

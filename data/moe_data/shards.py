@@ -51,8 +51,7 @@ class ShardWriter:
         self.sha256 = hashlib.sha256()
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._partial = {
-            end: self.prefix.parent / f".{self.prefix.name}{end}.{os.getpid()}.partial"
-            for end in (".bin", ".idx")
+            end: self.prefix.parent / f".{self.prefix.name}{end}.{os.getpid()}.partial" for end in (".bin", ".idx")
         }
         self._bin: BinaryIO = open(self._partial[".bin"], "wb")  # noqa: SIM115 - lives as long as the writer
 
@@ -158,16 +157,13 @@ class Shard:
         for end in (".idx", ".bin"):
             if not os.path.isfile(self.prefix + end):
                 raise ValueError(
-                    f"shard {self.prefix}{end} does not exist; give the path without .bin or .idx, and both "
-                    "files there"
+                    f"shard {self.prefix}{end} does not exist; give the path without .bin or .idx, and both files there"
                 )
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             head = file.read(HEADER.size)
         if len(head) < HEADER.size:
-            raise ValueError(
-                f"corrupt shard {path}: {size} bytes, a header alone has {HEADER.size}; write it again"
-            )
+            raise ValueError(f"corrupt shard {path}: {size} bytes, a header alone has {HEADER.size}; write it again")
         magic, version, code, sequences, documents = HEADER.unpack(head)
         if magic != MAGIC or version != 1:
             raise ValueError(
@@ -176,8 +172,7 @@ class Shard:
             )
         if code not in DTYPE_OF_CODE:
             raise ValueError(
-                f"corrupt shard {path}: dtype code {code}, token shards have 8 (uint16) or 4 (int32); write "
-                "it again"
+                f"corrupt shard {path}: dtype code {code}, token shards have 8 (uint16) or 4 (int32); write it again"
             )
         expected = HEADER.size + 12 * sequences + 8 * documents
         if size != expected:

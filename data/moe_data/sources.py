@@ -103,13 +103,10 @@ class SourceConfig:
             raise ValueError(f"{where}.weight={self.weight} must be a number of 0 or more; 0 only validates")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(
-                f"{where}.validation_fraction={self.validation_fraction} must be in 0..1, below 1; 0.01 is "
-                "usual"
+                f"{where}.validation_fraction={self.validation_fraction} must be in 0..1, below 1; 0.01 is usual"
             )
         if self.max_megabytes is not None and not self.max_megabytes > 0:
-            raise ValueError(
-                f"{where}.max_megabytes={self.max_megabytes} must be above 0, or null for no limit"
-            )
+            raise ValueError(f"{where}.max_megabytes={self.max_megabytes} must be above 0, or null for no limit")
         self._refuse_meaningless(where)
         if self.kind is SourceKind.embedded:
             embedded.check_domain(self.name)
@@ -120,8 +117,7 @@ class SourceConfig:
             )
         if self.kind is SourceKind.hub and len(self.paths) != 1:
             raise ValueError(
-                f"{where}.paths={self.paths} must be one data set name for kind=hub; make a source for each "
-                "data set"
+                f"{where}.paths={self.paths} must be one data set name for kind=hub; make a source for each data set"
             )
 
     def _refuse_meaningless(self, where: str) -> None:
@@ -194,9 +190,7 @@ def _nearest(path: str) -> str:
     names = sorted(os.listdir(missing.parent)) if missing.parent.is_dir() else []
     close = difflib.get_close_matches(missing.name, names, n=3, cutoff=0.5)
     folder = f"{missing.parent} holds {', '.join(names[:5]) or 'nothing'}{', ...' if len(names) > 5 else ''}"
-    return (
-        f"; did you mean {' or '.join(str(missing.parent / n) for n in close)}?" if close else f"; {folder}"
-    )
+    return f"; did you mean {' or '.join(str(missing.parent / n) for n in close)}?" if close else f"; {folder}"
 
 
 class DocumentReader:
@@ -242,9 +236,7 @@ class DocumentReader:
     def _next_row(self, rows: Iterator[dict[str, Any]], path: str) -> dict[str, Any] | None:
         try:
             return next(rows, None)
-        except (
-            Exception
-        ) as error:  # pyarrow, datasets, OS and decoding errors: all mean that this file is not as told
+        except Exception as error:  # pyarrow, datasets, OS and decoding errors: all mean that this file is not as told
             raise ValueError(self._explain(path, error)) from error
 
     def _open(self, path: str) -> Any:
@@ -339,9 +331,7 @@ def find_bad_json(path: str) -> tuple[int | None, str]:
 
 def text_hash(text: str) -> int:
     """64-bit hash of a document, the same on every machine: what decides whether it is held out."""
-    return int.from_bytes(
-        hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little"
-    )
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 def held_out_below(fraction: float) -> int:

@@ -186,7 +186,6 @@ def merge_lanes(states: list[dict[str, Any]], num_lanes: int, source: str) -> di
     missing = sorted(set(range(num_lanes)) - {int(row) for row in lanes})
     if lanes and missing:
         raise ValueError(
-            f"data state of source '{source}' lacks rows {missing[:8]} of {num_lanes}; merge the states of "
-            "all ranks"
+            f"data state of source '{source}' lacks rows {missing[:8]} of {num_lanes}; merge the states of all ranks"
         )
     return {"lanes": lanes, "marks": [marks[number] for number in sorted(marks)]}

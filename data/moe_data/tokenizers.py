@@ -121,9 +121,7 @@ class LibraryTokenizer:
         self.name = name
         vocabulary = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        special = sorted(
-            token.content for token in inner.get_added_tokens_decoder().values() if token.special
-        )
+        special = sorted(token.content for token in inner.get_added_tokens_decoder().values() if token.special)
         self.end_of_document = find_end_of_document(vocabulary, special, end_of_document, name)
         self.fingerprint = fingerprint_of(inner.to_str(), self.end_of_document)
 
@@ -148,9 +146,7 @@ class TransformersTokenizer:
         vocabulary = inner.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
         wanted = end_of_document or inner.eos_token
-        self.end_of_document = find_end_of_document(
-            vocabulary, sorted(inner.all_special_tokens), wanted, name
-        )
+        self.end_of_document = find_end_of_document(vocabulary, sorted(inner.all_special_tokens), wanted, name)
         self.fingerprint = fingerprint_of(
             type(inner).__name__ + json.dumps(vocabulary, sort_keys=True), self.end_of_document
         )
@@ -170,9 +166,7 @@ def fingerprint_of(content: str, end_of_document: int) -> str:
     return hashlib.sha256(f"{end_of_document}\n{content}".encode()).hexdigest()
 
 
-def find_end_of_document(
-    vocabulary: dict[str, int], special: Sequence[str], wanted: str | None, name: str
-) -> int:
+def find_end_of_document(vocabulary: dict[str, int], special: Sequence[str], wanted: str | None, name: str) -> int:
     """Id of the token that ends a document: the wanted one, else the first of KNOWN_ENDS that exists."""
     for token in (wanted,) if wanted else KNOWN_ENDS:
         if token in vocabulary:
@@ -219,11 +213,7 @@ def load_tokenizer_file(path: str, end_of_document: str | None = None) -> Tokeni
     from tokenizers import Tokenizer as Library
 
     file = Path(path)
-    if (
-        file.is_dir()
-        and (file / "tokenizer.json").is_file()
-        and not (file / "tokenizer_config.json").is_file()
-    ):
+    if file.is_dir() and (file / "tokenizer.json").is_file() and not (file / "tokenizer_config.json").is_file():
         file = file / "tokenizer.json"
     if file.is_file():
         try:
@@ -233,9 +223,7 @@ def load_tokenizer_file(path: str, end_of_document: str | None = None) -> Tokeni
                 f"tokenizer.path={path} is not a tokenizer.json of the `tokenizers` library: {error}"
             ) from error
         return LibraryTokenizer(library, path, end_of_document)
-    if not file.exists() and (
-        path.count("/") > 1 or path.startswith((".", "/", "~")) or path.endswith(".json")
-    ):
+    if not file.exists() and (path.count("/") > 1 or path.startswith((".", "/", "~")) or path.endswith(".json")):
         raise ValueError(
             f"tokenizer.path={path} does not exist (working folder: {os.getcwd()}); give a tokenizer.json, a "
             "folder or a Hub name such as openai-community/gpt2"
@@ -256,9 +244,7 @@ def load_tokenizer_file(path: str, end_of_document: str | None = None) -> Tokeni
     return TransformersTokenizer(loaded, path, end_of_document)
 
 
-def build_tokenizer(
-    config: TokenizerConfig, train: Callable[[TokenizerConfig], Path] | None = None
-) -> Tokenizer:
+def build_tokenizer(config: TokenizerConfig, train: Callable[[TokenizerConfig], Path] | None = None) -> Tokenizer:
     """The run's tokenizer.
 
     Args:

@@ -1,10 +1,11 @@
-"""The order of sequences: permutations are bijections, quotas are exact, nothing depends on a library's stream."""
+"""The order of sequences: permutations are bijections, quotas are exact, no process has its own."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections import Counter
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -38,8 +39,8 @@ def test_permute_huge_domain_stays_inside_and_distinct() -> None:
 
 
 def test_permute_looks_random() -> None:
-    """An order that keeps neighbors together gives correlated batches. The mean distance of neighbors in a random
-    order of n is n/3 with a standard error of about 0.24 n / sqrt(n) = 0.0024 n; 0.02 n is eight of them."""
+    """An order that keeps neighbors together gives correlated batches. The mean distance of neighbors in a
+    random order of n is n/3 with a standard error of about 0.24 n / sqrt(n) = 0.0024 n; 0.02 n is eight."""
     n = 10_000
     for key in range(5):
         steps = np.abs(np.diff(permute(np.arange(n), n, key)))
@@ -52,16 +53,14 @@ def test_permute_refuses_an_index_outside() -> None:
         permute(np.array([10]), 10, 0)
 
 
-weights = st.lists(st.floats(0, 100).map(lambda w: round(w, 3)), min_size=1, max_size=12).filter(
-    lambda w: sum(w) > 0
-)
+weights = st.lists(st.floats(0, 100).map(lambda w: round(w, 3)), min_size=1, max_size=12).filter(lambda w: sum(w) > 0)
 
 
 @given(weights=weights, seed=st.integers(0, 99), block=st.sampled_from([16, 100, 4096]))
 def test_mixture_quotas_are_exact(weights: list[float], seed: int, block: int) -> None:
     """Drawing sources independently drifts; flooring without carrying starves small weights.
 
-    At each block's end every source is within one sample of its due, and the largest within one per other source."""
+    At each block's end a source is within one sample of its due, the largest within one per other source."""
     mixture = Mixture(weights, seed, block)
     drawn = [mixture.locate(n) for n in range(3 * mixture.block)]
     for blocks in (1, 2, 3):
@@ -71,7 +70,7 @@ def test_mixture_quotas_are_exact(weights: list[float], seed: int, block: int) -
             due = weight / sum(weights) * blocks * mixture.block
             assert abs(count[source] - due) <= len(weights) + 1e-6
     for source in range(len(weights)):
-        # Each source's own indices run 0, 1, 2, ...: none is left out or repeated, and no epoch overlaps the next.
+        # Each source's own indices run 0, 1, 2, ...: none is missing or twice, no epoch overlaps the next.
         indices = [index for s, index in drawn if s == source]
         assert indices == list(range(len(indices)))
 
@@ -83,12 +82,11 @@ def test_mixture_never_draws_weight_zero() -> None:
 
 
 def test_mixture_spreads_within_a_block() -> None:
-    """All of one source first, then the other, would satisfy the quotas. Runs of a fair coin longer than 30 in 4,096
-    throws have a probability below 1e-5."""
-    sources = [Mixture([1, 1], 1).locate(n)[0] for n in range(4096)]
-    longest = max(
-        len(run) for run in "".join(map(str, sources)).replace("01", "0 1").replace("10", "1 0").split()
-    )
+    """All of one source first, then the other, would satisfy the quotas. A run of 30 in 4,096 throws of a fair
+    coin has a probability below 1e-5."""
+    mixture = Mixture([1, 1], 1)
+    sources = [mixture.locate(n)[0] for n in range(4096)]
+    longest = max(len(list(run)) for _, run in groupby(sources))
     assert longest < 30
 
 

@@ -81,7 +81,7 @@ def test_a_boundary_at_the_seam_of_two_sequences() -> None:
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_tensors_are_int64_and_move_together(keep: bool) -> None:
-    """A float or int32 target breaks the loss; a tensor left behind by to() breaks the first GPU step."""
+    """An int32 target breaks the loss; a tensor that to() leaves behind breaks the first step on a GPU."""
     piece = Piece(np.arange(4), np.array([2]), 0, 0)
     batch = pack([piece], 3, keep_boundaries=keep, restart_positions=True).to("meta")
     for name in ("token_BS", "target_BS", "position_BS", "document_BS", "sequence_B", "source_B"):

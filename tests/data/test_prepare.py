@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +100,7 @@ def count_builds(final: Path, log: Path, die: bool) -> None:
     def build(folder: Path) -> None:
         with log.open("a") as file:
             file.write("built\n")
+        time.sleep(0.3)  # the others find the lock taken
         (folder / "content").write_text("whole")
         if die:
             os._exit(1)
@@ -108,15 +109,13 @@ def count_builds(final: Path, log: Path, die: bool) -> None:
 
 
 def test_one_process_builds_and_a_dead_builder_blocks_nobody(tmp_path: Path) -> None:
-    """Two builders waste time and may mix files; a lock that outlives its holder stops the next run for ever."""
+    """Two builders waste time and mix files; a lock that outlives its holder stops the next run for ever."""
     context = multiprocessing.get_context("fork")
     dead = context.Process(target=count_builds, args=(tmp_path / "x", tmp_path / "log", True))
     dead.start()
     dead.join(20)
     assert not (tmp_path / "x").exists()
-    others = [
-        context.Process(target=count_builds, args=(tmp_path / "x", tmp_path / "log", False)) for _ in range(4)
-    ]
+    others = [context.Process(target=count_builds, args=(tmp_path / "x", tmp_path / "log", False)) for _ in range(4)]
     for process in others:
         process.start()
     for process in others:
@@ -144,21 +143,21 @@ def test_bpe_is_learned_once_from_training_text_only(
         build_tokenizer(config, bpe_trainer([source], tmp_path / "cache"))
 
 
-def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
-    return subprocess.run(
-        [sys.executable, str(root / "scripts" / name), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run_script(name: str, *arguments: str) -> int:
+    path = Path(__file__).parents[2] / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(list(arguments))
 
 
-def test_scripts_make_shards_that_train(corpus: Path, tmp_path: Path) -> None:
+def test_scripts_make_shards_that_train(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The two commands end to end: a tokenizer, shards of it, and a source that reads them back."""
     tokenizer = tmp_path / "out" / "tokenizer.json"
     made = run_script(
-        "train_tokenizer.py",
+        "train_tokenizer",
         *(
             "--kind",
             "jsonl",
@@ -170,38 +169,34 @@ def test_scripts_make_shards_that_train(corpus: Path, tmp_path: Path) -> None:
             str(tokenizer),
         ),
     )
-    assert made.returncode == 0, made.stderr
+    assert made == 0
     shard = tmp_path / "out" / "web"
     made = run_script(
-        "prepare_data.py",
+        "prepare_data",
         *("--kind", "jsonl", "--paths", str(corpus / "a.jsonl"), str(corpus / "b.jsonl")),
         *("--tokenizer", str(tokenizer), "--output", str(shard), "--validation-fraction", "0.2"),
     )
-    assert made.returncode == 0, made.stderr
+    assert made == 0
     info = json.loads(Path(f"{shard}.json").read_text())
     held = Shard(f"{shard}_validation")
     assert info["documents"] + held.num_documents == 61
     assert sorted(p.name for p in shard.parent.iterdir() if p.name.startswith(".")) == []
     loaded = build_tokenizer(TokenizerConfig(kind="file", path=str(tokenizer)))
-    source = SourceConfig(
-        name="web", kind="tokens", paths=[str(shard)], validation_paths=[f"{shard}_validation"]
-    )
+    source = SourceConfig(name="web", kind="tokens", paths=[str(shard)], validation_paths=[f"{shard}_validation"])
     prepared = prepare_source(source, loaded, tmp_path / "cache", 0)
     assert prepared.train is not None
     assert prepared.train.num_tokens == info["tokens"]
-    with pytest.raises(
-        ValueError, match=r"web was made with tokenizer .*tokenizer\.json .* this run has bytes"
-    ):
+    with pytest.raises(ValueError, match=r"web was made with tokenizer .*tokenizer\.json .* this run has bytes"):
         prepare_source(source, TOKENIZER, tmp_path / "cache", 0)
     failed = run_script(
-        "prepare_data.py", "--kind", "text", "--paths", "none", "--tokenizer", "bytes", "--output", str(shard)
+        "prepare_data", "--kind", "text", "--paths", "none", "--tokenizer", "bytes", "--output", str(shard)
     )
-    assert failed.returncode == 2
-    assert "none does not exist" in failed.stderr
+    assert failed == 2
+    assert "none does not exist" in capsys.readouterr().err
 
 
 def test_tokens_hold_out_the_last_documents(corpus: Path, tmp_path: Path) -> None:
-    """Ready-made shards cannot be hashed by text; the border must be a document's and count over several shards."""
+    """The border of what ready-made shards hold out must be a document's, counted over several shards."""
     from moe_data.shards import ShardWriter
 
     for name, documents in (("a", [[1, 256], [2, 2, 256]]), ("b", [[3, 256], [4, 4, 4, 256]])):

@@ -1,4 +1,4 @@
-"""Sources: every format yields the same documents from any place, and bad input names file, row and remedy."""
+"""Sources: every format yields the same documents from any place; bad input names file, row and remedy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_all_documents_in_order(corpus: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("taken", [0, 1, 39, 40, 60])
 def test_resume_from_any_place(corpus: Path, kind: str, taken: int) -> None:
-    """A state that is one row off, in the middle or at the seam of two files. Through JSON, as in a checkpoint."""
+    """A state that is one row off, within a file or at the seam of two. Through JSON, as in a checkpoint."""
     first = reader_of(source_of(kind, corpus))
     documents = iter(first)
     for _ in range(taken):
@@ -125,9 +125,7 @@ def test_missing_paths_suggest_neighbors(corpus: Path) -> None:
 def test_hub_without_network() -> None:
     """The library's own message does not say what to do instead."""
     source = SourceConfig(name="s", kind="hub", paths=["nobody/nothing-here"])
-    with pytest.raises(
-        ValueError, match=r"nobody/nothing-here .* could not be read from the Hub .* data=embedded"
-    ):
+    with pytest.raises(ValueError, match=r"nobody/nothing-here .* could not be read from the Hub .* data=embedded"):
         list(reader_of(source))
 
 
@@ -198,7 +196,5 @@ def test_embedded_domain_with_too_little_text(monkeypatch: pytest.MonkeyPatch) -
     """A Python without its test suite must not train on nothing."""
     described, _, extract = embedded.DOMAINS["tests"]
     monkeypatch.setitem(embedded.DOMAINS, "tests", (described, list, extract))
-    with pytest.raises(
-        ValueError, match=r"source 'tests': this machine has 0 bytes .* or choose from code, prose"
-    ):
+    with pytest.raises(ValueError, match=r"source 'tests': this machine has 0 bytes .* or choose from code, prose"):
         embedded.collect("tests")

@@ -1,4 +1,4 @@
-"""Tokenizers: any text comes back, data cannot forge a boundary, learning is deterministic, errors name the remedy."""
+"""Tokenizers: any text comes back, data cannot forge a boundary, learning is deterministic."""
 
 from __future__ import annotations
 
@@ -77,14 +77,12 @@ def test_learning_is_deterministic_and_of_the_asked_size(bpe: LibraryTokenizer) 
 
 def test_too_little_text_for_the_vocabulary() -> None:
     """A smaller vocabulary than asked would silently change the model's size."""
-    with pytest.raises(
-        ValueError, match=r"vocab_size=5000 but .* for \d+ entries only; set tokenizer\.vocab_size="
-    ):
+    with pytest.raises(ValueError, match=r"vocab_size=5000 but .* for \d+ entries only; set tokenizer\.vocab_size="):
         train_bpe(TEXTS, 5000)
 
 
 def test_file_and_folder_load_alike(tmp_path: Path, bpe: LibraryTokenizer) -> None:
-    """A reloaded tokenizer must be the same one: same ids, same fingerprint, so that shards are found again."""
+    """A reloaded tokenizer must be the same one, by its fingerprint too, so that shards are found again."""
     bpe.inner.save(str(tmp_path / "tokenizer.json"))
     for path in (tmp_path / "tokenizer.json", tmp_path):
         loaded = load_tokenizer_file(str(path))
@@ -138,9 +136,7 @@ def test_bad_files(tmp_path: Path, bpe: LibraryTokenizer) -> None:
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"bad\.json is not a tokenizer\.json"):
         load_tokenizer_file(str(tmp_path / "bad.json"))
-    with pytest.raises(
-        ValueError, match=r"nobody/nothing could not be loaded .* without a network give a local"
-    ):
+    with pytest.raises(ValueError, match=r"nobody/nothing could not be loaded .* without a network give a local"):
         load_tokenizer_file("nobody/nothing")
     text = json.dumps(json.loads(bpe.inner.to_str())).replace(END_OF_DOCUMENT, "<stop>")
     (tmp_path / "t.json").write_text(text)
