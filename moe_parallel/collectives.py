@@ -26,9 +26,7 @@ def _exchange(rows: Tensor, received: Sequence[int], sent: Sequence[int], group:
     return out
 
 
-def all_to_all_rows(
-    rows: Tensor, received: Sequence[int], sent: Sequence[int], group: dist.ProcessGroup
-) -> Tensor:
+def all_to_all_rows(rows: Tensor, received: Sequence[int], sent: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """Send rows to the ranks of `group` and receive theirs; the gradient travels the other way.
 
     Args:

@@ -92,9 +92,7 @@ class _CombineRows(torch.autograd.Function):
         return grad_rows_ND, grad_weight_N, None, None, None
 
 
-def combine_rows(
-    rows_ND: Tensor, weight_N: Tensor, token_N: Tensor, slot_TK: Tensor | None, num_tokens: int
-) -> Tensor:
+def combine_rows(rows_ND: Tensor, weight_N: Tensor, token_N: Tensor, slot_TK: Tensor | None, num_tokens: int) -> Tensor:
     """Weighted sum of each token's slots: (N, D) -> (T, D). Sums in the wider dtype of rows and weights.
 
     Args:

@@ -41,8 +41,7 @@ class ModelConfig:
                 raise ValueError(f"model.{name}={value} must be at least 1, or null")
         if not 0 <= self.first_dense_layers <= self.num_layers:
             raise ValueError(
-                f"model.first_dense_layers={self.first_dense_layers} must lie in "
-                f"0..model.num_layers={self.num_layers}"
+                f"model.first_dense_layers={self.first_dense_layers} must lie in 0..model.num_layers={self.num_layers}"
             )
         if self.norm_epsilon <= 0:
             raise ValueError(f"model.norm_epsilon={self.norm_epsilon} must be positive")

@@ -11,10 +11,10 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from moe_data.batch import TokenBatch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from moe_data.batch import TokenBatch
 from moe_parallel.model.rope import RopeConfig, Rotary, rotate_halves
 
 
@@ -39,6 +39,17 @@ def attend(
     Returns:
         (B, H, S, width of the values).
     """
+    value_dim = v_BHSd.shape[-1]
+    if value_dim != q_BHSd.shape[-1] and q_BHSd.device.type == "cpu":
+        # The fast kernel of CPUs takes one width only; zeros change neither products nor the columns that are kept.
+        width = max(q_BHSd.shape[-1], value_dim)
+        q_BHSd, k_BHSd, v_BHSd = (F.pad(x, (0, width - x.shape[-1])) for x in (q_BHSd, k_BHSd, v_BHSd))
+    return _attend(q_BHSd, k_BHSd, v_BHSd, batch, scale, core)[..., :value_dim]
+
+
+def _attend(
+    q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, batch: TokenBatch, scale: float, core: AttentionCore
+) -> Tensor:
     if all(len(spans) == 1 for spans in batch.document_lengths):
         return _causal(q_BHSd, k_BHSd, v_BHSd, scale)
     if core is AttentionCore.auto:
@@ -50,19 +61,24 @@ def attend(
 
 def _causal(q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, scale: float) -> Tensor:
     grouped = q_BHSd.shape[1] != k_BHSd.shape[1]
-    return F.scaled_dot_product_attention(
-        q_BHSd, k_BHSd, v_BHSd, is_causal=True, scale=scale, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
 def _attend_per_document(
     q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, lengths: tuple[tuple[int, ...], ...], scale: float
 ) -> Tensor:
-    rows = []
+    inputs = (q_BHSd, k_BHSd, v_BHSd)
+    rows: dict[int, Tensor] = {}
+    # Most rows of long documents are one span: they share one call.
+    whole = [row for row, spans in enumerate(lengths) if len(spans) == 1]
+    if whole:
+        index = torch.tensor(whole, device=q_BHSd.device)
+        rows.update(zip(whole, _causal(*(x.index_select(0, index) for x in inputs), scale).split(1)))
     for row, spans in enumerate(lengths):
-        pieces = (x[row : row + 1].split(spans, dim=2) for x in (q_BHSd, k_BHSd, v_BHSd))
-        rows.append(torch.cat([_causal(q, k, v, scale) for q, k, v in zip(*pieces)], dim=2))
-    return torch.cat(rows)
+        if row not in rows:
+            pieces = zip(*(x[row : row + 1].split(spans, dim=2) for x in inputs))
+            rows[row] = torch.cat([_causal(*piece, scale) for piece in pieces], dim=2)
+    return torch.cat([rows[row] for row in range(len(lengths))])
 
 
 def _attend_masked(
@@ -75,9 +91,7 @@ def _attend_masked(
         v_BHSd = v_BHSd.repeat_interleave(groups, dim=1)
     span_BS = _span_index(lengths, q_BHSd.shape[2], q_BHSd.device)
     same_BSS = span_BS.unsqueeze(2) == span_BS.unsqueeze(1)
-    return F.scaled_dot_product_attention(
-        q_BHSd, k_BHSd, v_BHSd, attn_mask=same_BSS.tril_().unsqueeze(1), scale=scale
-    )
+    return F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, attn_mask=same_BSS.tril_().unsqueeze(1), scale=scale)
 
 
 def _span_index(lengths: tuple[tuple[int, ...], ...], num_tokens: int, device: torch.device) -> Tensor:
@@ -130,13 +144,10 @@ class GroupedQueryConfig(AttentionConfig):
         AttentionConfig.__post_init__(self)
         if self.key_heads < 1 or self.num_heads % self.key_heads != 0:
             raise ValueError(
-                f"attention.num_kv_heads={self.num_kv_heads} must be a divisor of "
-                f"attention.num_heads={self.num_heads}"
+                f"attention.num_kv_heads={self.num_kv_heads} must be a divisor of attention.num_heads={self.num_heads}"
             )
         if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2 != 0):
-            raise ValueError(
-                f"attention.head_dim={self.head_dim} must be even and positive: it is rotated in pairs"
-            )
+            raise ValueError(f"attention.head_dim={self.head_dim} must be even and positive: it is rotated in pairs")
 
     @property
     def key_heads(self) -> int:

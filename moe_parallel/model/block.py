@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from moe_data.batch import TokenBatch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moe_data.batch import TokenBatch
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.attention import GroupedQueryAttention, GroupedQueryConfig
 from moe_parallel.model.latent_attention import LatentAttention, LatentConfig
@@ -35,8 +35,6 @@ class Block(nn.Module):
         self.layer = layer
         self.recompute = False
         """Keep only the input and compute the rest again in the backward pass. Set by the engine."""
-        self.recompute = False
-        """Keep only the input and compute the rest again in the backward pass. Set by the engine."""
         self.attention_norm = nn.RMSNorm(model.dim, eps=model.norm_epsilon)
         self.attention = build_attention(architecture)
         self.ffn_norm = nn.RMSNorm(model.dim, eps=model.norm_epsilon)
@@ -46,31 +44,15 @@ class Block(nn.Module):
         else:
             self.ffn = MoELayer(model.dim, architecture.moe, architecture.router, architecture.balance, layer)
 
-    def forward(
-        self, x_BSD: Tensor, batch: TokenBatch, context: ForwardContext
-    ) -> tuple[Tensor, LayerStats | None]:
+    def forward(self, x_BSD: Tensor, batch: TokenBatch, context: ForwardContext) -> tuple[Tensor, LayerStats | None]:
         """(B, S, D) -> (B, S, D), and the statistics of a mixture-of-experts layer."""
         if not (self.recompute and torch.is_grad_enabled()):
             return self._forward(x_BSD, batch, context)
+        # The second run takes the experts of the first from the replay: it must not choose again.
         replaying = replace(context, replay=Replay())
-        return checkpoint(
-            self._forward, x_BSD, batch, replaying, use_reentrant=False, preserve_rng_state=False
-        )
+        return checkpoint(self._forward, x_BSD, batch, replaying, use_reentrant=False, preserve_rng_state=False)
 
-    def _forward(
-        self, x_BSD: Tensor, batch: TokenBatch, context: ForwardContext
-    ) -> tuple[Tensor, LayerStats | None]:
-        if self.recompute and torch.is_grad_enabled():
-            # The second run takes the experts of the first from the replay: it must not choose again.
-            context = replace(context, replay=Replay())
-            return checkpoint(
-                self._compute, x_BSD, batch, context, use_reentrant=False, preserve_rng_state=False
-            )
-        return self._compute(x_BSD, batch, context)
-
-    def _compute(
-        self, x_BSD: Tensor, batch: TokenBatch, context: ForwardContext
-    ) -> tuple[Tensor, LayerStats | None]:
+    def _forward(self, x_BSD: Tensor, batch: TokenBatch, context: ForwardContext) -> tuple[Tensor, LayerStats | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), batch)
         hidden_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, SwiGLU):

@@ -208,8 +208,9 @@ def _layer_activations(architecture: Architecture, is_moe: bool, recompute: Reco
     elements = 4 * model.dim  # input and output of both norms
     float32 = 0
     if isinstance(attention, LatentConfig):
-        elements += 2 * heads * query_dim + heads * value_dim  # queries, keys, values
-        elements += 2 * attention.kv_rank + (2 * attention.q_rank if attention.q_rank else 0)
+        elements += 2 * heads * query_dim  # queries and keys
+        elements += heads * (attention.nope_head_dim + value_dim)  # values lie in what they were expanded with
+        elements += 2 * attention.kv_rank + attention.rope_head_dim + 2 * (attention.q_rank or 0)
         float32 += 2 * attention.rope_head_dim
     else:
         assert isinstance(attention, GroupedQueryConfig)
@@ -217,16 +218,14 @@ def _layer_activations(architecture: Architecture, is_moe: bool, recompute: Reco
         if attention.qk_norm is not QKNorm.none:
             elements += (heads + attention.key_heads) * query_dim
         float32 += 2 * query_dim
-    elements += 2 * heads * value_dim  # output of the core, and its copy with heads side by side
+    elements += heads * value_dim  # output of the core
     float32 += heads  # log-sum-exp of the core
     if not is_moe:
         return compute * (elements + 4 * model.ffn_dim) + 4 * float32
-    elements += 4 * moe.num_shared_experts * moe.expert_dim
+    elements += 4 * moe.num_shared_experts * moe.expert_dim + model.dim * moe.shared_expert_gate
     top_k = architecture.router.top_k
     elements += top_k * 2 * model.dim  # rows before and after the experts
     if recompute is not Recompute.selective:
         elements += top_k * 2 * moe.expert_dim
-    float32 += 3 * moe.num_experts + (
-        0 if compute == 4 else model.dim
-    )  # scores; the router's input in float32
+    float32 += 3 * moe.num_experts + (0 if compute == 4 else model.dim)  # scores; the router's input in float32
     return compute * elements + 4 * float32

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from moe_data.batch import IGNORE, TokenBatch
 from torch import Tensor
 
+from moe_data.batch import IGNORE, TokenBatch
 from moe_parallel.model.transformer import Transformer
 from moe_parallel.moe.routing import ForwardContext
 

@@ -12,8 +12,10 @@ import re
 
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+
+from moe_parallel.model.transformer import Transformer
 
 _WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module)\.")
 _RESIDUAL_OUTPUT = re.compile(r"(attention\.output|ffn(\.shared)?\.down)\.weight$|experts\.down$")
@@ -34,7 +36,7 @@ class InitConfig:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, config: InitConfig, seed: int) -> None:
+def init_weights(model: Transformer, config: InitConfig, seed: int) -> None:
     """Set every parameter and buffer of a Transformer.
 
     Args:

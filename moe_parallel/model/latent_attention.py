@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from moe_data.batch import TokenBatch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from moe_data.batch import TokenBatch
 from moe_parallel.model.attention import AttentionConfig, attend
 from moe_parallel.model.rope import Rotary, latent_softmax_factor, rotate_pairs
 
@@ -32,9 +32,7 @@ class LatentConfig(AttentionConfig):
         if self.q_rank is not None and self.q_rank < 1:
             raise ValueError(f"attention.q_rank={self.q_rank} must be at least 1; null projects directly")
         if self.rope_head_dim % 2 != 0:
-            raise ValueError(
-                f"attention.rope_head_dim={self.rope_head_dim} must be even: it is rotated in pairs"
-            )
+            raise ValueError(f"attention.rope_head_dim={self.rope_head_dim} must be even: it is rotated in pairs")
 
     @property
     def query_head_dim(self) -> int:
@@ -87,9 +85,7 @@ class LatentAttention(nn.Module):
     def _keys_values(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         config = self.config
         latent, shared_key = self.latent_down(x_BSD).split([config.kv_rank, config.rope_head_dim], dim=-1)
-        expanded = (
-            self.latent_up(self.latent_norm(latent)).unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
-        )
+        expanded = self.latent_up(self.latent_norm(latent)).unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
         plain, v_BHSd = expanded.split([config.nope_head_dim, config.value_head_dim], dim=-1)
         rotated = rotate_pairs(shared_key.unsqueeze(1), rotation).expand(-1, config.num_heads, -1, -1)
         return torch.cat([plain, rotated], dim=-1), v_BHSd

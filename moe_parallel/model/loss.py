@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from moe_data.batch import IGNORE
 from torch import Tensor
+
+from moe_data.batch import IGNORE
 
 _CHUNK_ELEMENTS = 1 << 24
 """Logits that are held in float32 at once."""

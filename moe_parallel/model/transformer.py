@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moe_data.batch import TokenBatch
 from torch import Tensor, nn
 
+from moe_data.batch import TokenBatch
 from moe_parallel.model.architecture import Architecture, ModelConfig
 from moe_parallel.model.block import Block
 from moe_parallel.moe.routing import ForwardContext, LayerStats
@@ -27,6 +27,11 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(model.dim, eps=model.norm_epsilon)
         self.head = nn.Linear(model.dim, architecture.vocab_size, bias=False)
         self._tie()
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, with their type."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def forward(self, batch: TokenBatch, context: ForwardContext) -> tuple[Tensor, list[LayerStats]]:
         """Logits (B, S, V), and the statistics of the mixture-of-experts layers in order."""

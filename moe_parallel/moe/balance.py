@@ -101,9 +101,7 @@ def selection_counts(expert_TK: Tensor, num_experts: int, context: LayerContext)
     if context.valid_T is not None:
         ones_TK = ones_TK * context.valid_T[:, None]
     count = torch.zeros(num_sequences * num_experts, dtype=torch.int64, device=expert_TK.device)
-    count_BE = count.scatter_add_(0, cell_TK.reshape(-1), ones_TK.reshape(-1)).view(
-        num_sequences, num_experts
-    )
+    count_BE = count.scatter_add_(0, cell_TK.reshape(-1), ones_TK.reshape(-1)).view(num_sequences, num_experts)
     return count_BE.sum(0), count_BE
 
 
@@ -125,7 +123,8 @@ def balance_terms(
     score_E = score_BE.sum(0)
     weighted = score_E.new_zeros(())
     value = balance_loss_sum(normalized_counts(count_E), score_E)
-    step_count_E = used_share_E = None
+    step_count_E: Tensor | None = None
+    used_share_E: Tensor | None = None
     if config.sequence_coefficient:
         value = balance_loss_sum(normalized_counts(count_BE), score_BE)
         weighted = weighted + config.sequence_coefficient * value
@@ -134,16 +133,15 @@ def balance_terms(
         weighted = weighted + config.micro_batch_coefficient * value
     if config.data_parallel_coefficient or config.global_coefficient:
         # Replayed under recompute: a second all-reduce would double the traffic and could meet other ranks' first.
-        step_count_E = context.once(
-            "step_count", lambda: context.forward.sum_over_data(count_E.to(torch.float64))
-        )
-    if config.data_parallel_coefficient:
-        value = balance_loss_sum(normalized_counts(step_count_E), score_E)
-        weighted = weighted + config.data_parallel_coefficient * value
-    if config.global_coefficient:
-        used_share_E = normalized_counts(_global_counts(step_count_E, context))
-        value = balance_loss_sum(used_share_E, score_E)
-        weighted = weighted + config.global_coefficient * value
+        counted: Tensor = context.once("step_count", lambda: context.forward.sum_over_data(count_E.to(torch.float64)))
+        step_count_E = counted
+        if config.data_parallel_coefficient:
+            value = balance_loss_sum(normalized_counts(counted), score_E)
+            weighted = weighted + config.data_parallel_coefficient * value
+        if config.global_coefficient:
+            used_share_E = normalized_counts(_global_counts(counted, context))
+            value = balance_loss_sum(used_share_E, score_E)
+            weighted = weighted + config.global_coefficient * value
     return weighted, value.detach(), step_count_E, used_share_E
 
 

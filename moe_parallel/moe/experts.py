@@ -33,9 +33,7 @@ class RoutedExperts(nn.Module):
         return expert_mlp(rows_RD, gate_up, down, count_L, host_counts, recompute=self.recompute)
 
     def extra_repr(self) -> str:
-        return (
-            f"experts={self.num_experts}, gate_up={tuple(self.gate_up.shape)}, down={tuple(self.down.shape)}"
-        )
+        return f"experts={self.num_experts}, gate_up={tuple(self.gate_up.shape)}, down={tuple(self.down.shape)}"
 
 
 class SwiGLU(nn.Module):

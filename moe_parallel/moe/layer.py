@@ -42,21 +42,15 @@ class MoEConfig:
         if self.shared_expert_gate and self.num_shared_experts == 0:
             raise ValueError("moe.shared_expert_gate=true needs moe.num_shared_experts of at least 1 to gate")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(
-                f"moe.capacity_factor={self.capacity_factor} must be positive; null drops nothing"
-            )
+            raise ValueError(f"moe.capacity_factor={self.capacity_factor} must be positive; null drops nothing")
         if self.renormalize_after_drop and self.capacity_factor is None:
-            raise ValueError(
-                "moe.renormalize_after_drop=true needs moe.capacity_factor: without it nothing is dropped"
-            )
+            raise ValueError("moe.renormalize_after_drop=true needs moe.capacity_factor: without it nothing is dropped")
 
 
 class Dispatcher(Protocol):
     """Moves rows to experts and back. Holds no parameters; the ticket ties one `combine` to one `dispatch`."""
 
-    def dispatch(
-        self, x_TD: Tensor, routing: Routing, context: LayerContext
-    ) -> tuple[Tensor, Tensor, Any]: ...
+    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, Tensor, Any]: ...
 
     def combine(self, rows_RD: Tensor, routing: Routing, ticket: Any) -> Tensor: ...
 
@@ -64,9 +58,7 @@ class Dispatcher(Protocol):
 class MoELayer(nn.Module):
     """Fine-grained routed experts plus shared experts (DeepSeekMoE, arXiv 2401.06066)."""
 
-    def __init__(
-        self, dim: int, moe: MoEConfig, router: RouterConfig, balance: BalanceConfig, layer: int
-    ) -> None:
+    def __init__(self, dim: int, moe: MoEConfig, router: RouterConfig, balance: BalanceConfig, layer: int) -> None:
         super().__init__()
         self.config = moe
         self.balance = balance
@@ -102,19 +94,20 @@ class MoELayer(nn.Module):
         return routing, self._stats(logit_TE, score_TE, expert_TK, dropped, context)
 
     def _routing(self, expert_TK: Tensor, weight_TK: Tensor, context: LayerContext) -> tuple[Routing, Tensor]:
-        num_experts = self.config.num_experts
+        num_experts, factor = self.config.num_experts, self.config.capacity_factor
         none_dropped = torch.zeros((), dtype=torch.int64, device=expert_TK.device)
         # Which slots an expert has room for depends on other tokens, later ones too: training only.
-        limited = self.config.capacity_factor is not None and context.forward.training
-        if not limited and context.valid_T is None:
+        if not context.forward.training:
+            factor = None
+        if factor is None and context.valid_T is None:
             uniform = self._uniform_count(expert_TK) if self.router.config.forced_balance else None
             return Routing.from_full_choice(expert_TK, weight_TK, num_experts, uniform), none_dropped
         if context.valid_T is not None:  # padding is not sent anywhere
             expert_TK = torch.where(context.valid_T[:, None], expert_TK, num_experts)
-        if not limited:
+        if factor is None:
             return Routing.from_choice(expert_TK, weight_TK, num_experts), none_dropped
         num_tokens, top_k = expert_TK.shape
-        capacity = expert_capacity(num_tokens, top_k, num_experts, self.config.capacity_factor)
+        capacity = expert_capacity(num_tokens, top_k, num_experts, factor)
         keep_TK = context.once(
             "keep",
             lambda: keep_within_capacity(expert_TK, weight_TK, capacity, num_experts, self.config.drop_order),

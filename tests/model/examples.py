@@ -25,9 +25,7 @@ GROUPED = Architecture(
 )
 LATENT = Architecture(
     model=ModelConfig(dim=32, num_layers=2, tie_embeddings=True),
-    attention=LatentConfig(
-        num_heads=4, q_rank=12, kv_rank=16, nope_head_dim=8, rope_head_dim=4, value_head_dim=12
-    ),
+    attention=LatentConfig(num_heads=4, q_rank=12, kv_rank=16, nope_head_dim=8, rope_head_dim=4, value_head_dim=12),
     moe=MoEConfig(num_experts=8, expert_dim=24, num_shared_experts=0),
     router=RouterConfig(top_k=2, score=Score.sigmoid, normalize=True),
     balance=BalanceConfig(bias_rate=0.001),

@@ -32,15 +32,19 @@ from moe_parallel.moe.layer import MoEConfig
 from moe_parallel.moe.routers.token_choice import GroupScore, RouterConfig, Score
 
 VOCABULARY = 96
-SHAPE: dict[str, Any] = dict(
-    vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=None
-)
-LATENT: dict[str, Any] = dict(kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24)
-YARN: dict[str, Any] = dict(
-    rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=16,
-    beta_fast=32, beta_slow=1, mscale=0.5, mscale_all_dim=0.8,
-)  # fmt: skip
-EXPERTS: dict[str, Any] = dict(num_experts_per_tok=4, moe_intermediate_size=40)
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": None,
+}
+LATENT: dict[str, Any] = {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24}
+YARN: dict[str, Any] = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16,
+    "beta_fast": 32, "beta_slow": 1, "mscale": 0.5, "mscale_all_dim": 0.8,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 4, "moe_intermediate_size": 40}
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,11 @@ class Family:
     def ours(self) -> Transformer:
         """Our model, without numbers."""
         model = ModelConfig(
-            dim=64, num_layers=2, first_dense_layers=self.first_dense_layers, ffn_dim=80, norm_epsilon=self.norm_epsilon
+            dim=64,
+            num_layers=2,
+            first_dense_layers=self.first_dense_layers,
+            ffn_dim=80,
+            norm_epsilon=self.norm_epsilon,
         )
         balance = BalanceConfig(bias_rate=self.bias_rate)
         return Transformer(Architecture(model, self.attention, self.moe, self.router, balance, VOCABULARY))
@@ -71,7 +79,13 @@ def _latent(q_rank: int | None, yarn: bool) -> LatentConfig:
             scaling=RopeScaling.yarn, factor=8.0, original_sequence_tokens=16, mscale=0.5, mscale_all_dim=0.8
         )
     return LatentConfig(
-        num_heads=4, q_rank=q_rank, kv_rank=24, nope_head_dim=16, rope_head_dim=8, value_head_dim=24, rope=rope
+        num_heads=4,
+        q_rank=q_rank,
+        kv_rank=24,
+        nope_head_dim=16,
+        rope_head_dim=8,
+        value_head_dim=24,
+        rope=rope,
     )
 
 
@@ -105,7 +119,8 @@ FAMILIES: dict[str, Family] = {
             DeepseekV3Config(
                 **SHAPE, **LATENT, **EXPERTS, q_lora_rank=32, n_routed_experts=8, n_shared_experts=1,
                 num_key_value_heads=4, intermediate_size=80, first_k_dense_replace=1, n_group=4, topk_group=2,
-                routed_scaling_factor=2.5, rope_parameters=YARN, max_position_embeddings=128, num_nextn_predict_layers=0,
+                routed_scaling_factor=2.5, rope_parameters=YARN, max_position_embeddings=128,
+                num_nextn_predict_layers=0,
             )
         ),
         _latent(32, yarn=True),
@@ -120,7 +135,7 @@ FAMILIES: dict[str, Family] = {
         lambda: Qwen3MoeForCausalLM(
             Qwen3MoeConfig(
                 **SHAPE, **EXPERTS, num_key_value_heads=2, head_dim=24, num_experts=8, norm_topk_prob=True,
-                rope_parameters=dict(rope_type="default", rope_theta=1e6), sliding_window=None,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e6}, sliding_window=None,
             )
         ),
         GroupedQueryConfig(
@@ -145,7 +160,7 @@ FAMILIES: dict[str, Family] = {
         lambda: MixtralForCausalLM(
             MixtralConfig(
                 **SHAPE, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, intermediate_size=40,
-                rope_parameters=dict(rope_type="default", rope_theta=1e6),
+                rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             )
         ),
         GroupedQueryConfig(num_heads=4, num_kv_heads=2, rope=RopeConfig(theta=1e6)),

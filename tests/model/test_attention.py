@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_data.packing import Piece, pack
 from torch import Tensor
 
+from moe_data.packing import Piece, pack
 from moe_parallel.model.attention import (
     AttentionCore,
     GroupedQueryAttention,
@@ -60,9 +60,7 @@ def test_spans_and_not_documents_bound_attention(core: AttentionCore) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, LENGTH, 8, dtype=torch.float64) for _ in range(3))
     span_BS = torch.tensor([[0] * 12 + [1] * 4])
-    torch.testing.assert_close(
-        attend(q, k, v, batch, 0.3, core), plain(q, k, v, span_BS, 0.3), atol=1e-12, rtol=0
-    )
+    torch.testing.assert_close(attend(q, k, v, batch, 0.3, core), plain(q, k, v, span_BS, 0.3), atol=1e-12, rtol=0)
 
 
 KINDS = {
@@ -70,7 +68,9 @@ KINDS = {
         32, GroupedQueryConfig(num_heads=4, num_kv_heads=2, qk_norm="head", core=core), 1e-6
     ),
     "mla": lambda core: LatentAttention(
-        32, LatentConfig(num_heads=4, q_rank=12, kv_rank=16, rope_head_dim=4, nope_head_dim=8, core=core), 1e-6
+        32,
+        LatentConfig(num_heads=4, q_rank=12, kv_rank=16, rope_head_dim=4, nope_head_dim=8, core=core),
+        1e-6,
     ),
 }
 
@@ -126,7 +126,10 @@ def test_auto_takes_documents_one_by_one_on_a_cpu(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GroupedQueryConfig(num_heads=4, num_kv_heads=3), "attention.num_kv_heads=3 must be a divisor"),
+        (
+            lambda: GroupedQueryConfig(num_heads=4, num_kv_heads=3),
+            "attention.num_kv_heads=3 must be a divisor",
+        ),
         (lambda: GroupedQueryConfig(head_dim=7), "attention.head_dim=7 must be even"),
         (lambda: GroupedQueryConfig(num_heads=3).head_width(64), "model.dim=64 must be a multiple of"),
         (lambda: LatentConfig(rope_head_dim=5), "attention.rope_head_dim=5 must be even"),

@@ -39,7 +39,7 @@ def test_frequencies_follow_the_model() -> None:
     model = build(GROUPED)
     batch = make_batch([[1]], 1, VOCABULARY)
     batch.token_BS[0] = 7
-    share_V = (model(batch, ForwardContext(training=False))[0][0, -1] / 0.5).softmax(-1)
+    share_V = (model(batch, ForwardContext(training=False))[0][0, -1] / 0.5).softmax(-1).detach()
     drawn = Counter(generate(model, [7], 1, temperature=0.5, seed=seed)[0] for seed in range(400))
     for word in range(VOCABULARY):
         share = float(share_V[word])
@@ -79,10 +79,10 @@ def test_each_pass_has_its_own_context() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(prompt=[], num_tokens=1), "the prompt is empty"),
-        (dict(prompt=[1], num_tokens=-1), "num_tokens=-1"),
-        (dict(prompt=[1], num_tokens=1, temperature=-1.0), "temperature=-1.0"),
-        (dict(prompt=[1], num_tokens=1, top_k=0), "top_k=0"),
+        ({"prompt": [], "num_tokens": 1}, "the prompt is empty"),
+        ({"prompt": [1], "num_tokens": -1}, "num_tokens=-1"),
+        ({"prompt": [1], "num_tokens": 1, "temperature": -1.0}, "temperature=-1.0"),
+        ({"prompt": [1], "num_tokens": 1, "top_k": 0}, "top_k=0"),
     ],
 )
 def test_impossible_requests_are_refused(arguments: dict[str, object], message: str) -> None:

@@ -45,7 +45,9 @@ def test_every_stage_agrees(name: str) -> None:
         expected["logits"] = theirs(batch.token_BS).logits
         actual["logits"] = ours(batch, ForwardContext(training=False))[0]
     for stage, value in expected.items():
-        torch.testing.assert_close(actual[stage], value, atol=TOLERANCE, rtol=TOLERANCE, msg=lambda m, s=stage: f"{s}: {m}")
+        torch.testing.assert_close(
+            actual[stage], value, atol=TOLERANCE, rtol=TOLERANCE, msg=lambda m, s=stage: f"{s}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -64,7 +66,11 @@ def test_every_gradient_agrees(name: str) -> None:
         scale = float(grad.abs().max())
         assert scale > 0, parameter
         torch.testing.assert_close(
-            actual[parameter], grad, atol=5 * TOLERANCE * scale, rtol=0, msg=lambda m, p=parameter: f"{p}: {m}"
+            actual[parameter],
+            grad,
+            atol=5 * TOLERANCE * scale,
+            rtol=0,
+            msg=lambda m, p=parameter: f"{p}: {m}",
         )
 
 

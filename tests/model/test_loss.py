@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_data.batch import IGNORE
 
 import moe_parallel.model.loss as loss_module
+from moe_data.batch import IGNORE
 from moe_parallel.model.loss import token_loss_sum
 
 

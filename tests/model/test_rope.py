@@ -39,48 +39,54 @@ def their_frequencies(kind: str, **parameters: float) -> tuple[torch.Tensor, flo
     return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=seq_len)
 
 
-YARN = dict(factor=8.0, original_max_position_embeddings=ORIGINAL)
+YARN = {"factor": 8.0, "original_max_position_embeddings": ORIGINAL}
 
 
 @pytest.mark.parametrize(
     ("config", "kind", "parameters"),
     [
         (RopeConfig(), "default", {}),
-        (RopeConfig(scaling=RopeScaling.linear, factor=4.0), "linear", dict(factor=4.0)),
+        (RopeConfig(scaling=RopeScaling.linear, factor=4.0), "linear", {"factor": 4.0}),
         # Their dynamic variant derives the growth from the length: at twice the original it is factor + 1.
-        (RopeConfig(scaling=RopeScaling.ntk, factor=5.0), "dynamic", dict(factor=4.0)),
+        (RopeConfig(scaling=RopeScaling.ntk, factor=5.0), "dynamic", {"factor": 4.0}),
         (RopeConfig(scaling=RopeScaling.yarn, factor=8.0, original_sequence_tokens=ORIGINAL), "yarn", YARN),
         (
             RopeConfig(
-                scaling=RopeScaling.yarn, factor=8.0, original_sequence_tokens=ORIGINAL, beta_fast=16, beta_slow=2
+                scaling=RopeScaling.yarn,
+                factor=8.0,
+                original_sequence_tokens=ORIGINAL,
+                beta_fast=16,
+                beta_slow=2,
             ),
             "yarn",
-            YARN | dict(beta_fast=16, beta_slow=2),
+            YARN | {"beta_fast": 16, "beta_slow": 2},
         ),
         (
             RopeConfig(
-                scaling=RopeScaling.yarn, factor=8.0, original_sequence_tokens=ORIGINAL, mscale=0.7, mscale_all_dim=0.9
+                scaling=RopeScaling.yarn,
+                factor=8.0,
+                original_sequence_tokens=ORIGINAL,
+                mscale=0.7,
+                mscale_all_dim=0.9,
             ),
             "yarn",
-            YARN | dict(mscale=0.7, mscale_all_dim=0.9),
+            YARN | {"mscale": 0.7, "mscale_all_dim": 0.9},
         ),
         (
-            RopeConfig(
-                scaling=RopeScaling.yarn, factor=8.0, original_sequence_tokens=ORIGINAL, attention_factor=1.3
-            ),
+            RopeConfig(scaling=RopeScaling.yarn, factor=8.0, original_sequence_tokens=ORIGINAL, attention_factor=1.3),
             "yarn",
-            YARN | dict(attention_factor=1.3),
+            YARN | {"attention_factor": 1.3},
         ),
         # So short an original sequence that every pair lies in one of the bands' ends.
         (
             RopeConfig(scaling=RopeScaling.yarn, factor=8.0, original_sequence_tokens=6),
             "yarn",
-            dict(factor=8.0, original_max_position_embeddings=6),
+            {"factor": 8.0, "original_max_position_embeddings": 6},
         ),
         (
             RopeConfig(scaling=RopeScaling.llama3, factor=8.0, original_sequence_tokens=ORIGINAL),
             "llama3",
-            YARN | dict(low_freq_factor=1.0, high_freq_factor=4.0),
+            YARN | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
         ),
     ],
 )
@@ -152,11 +158,14 @@ def test_half_precision_is_rotated_in_float32() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(factor=4.0), "attention.rope.factor=4.0 does nothing"),
-        (dict(scaling="yarn"), "attention.rope.factor=1.0 must be above 1"),
-        (dict(theta=1.0), "attention.rope.theta=1.0"),
-        (dict(scaling="yarn", factor=2.0, beta_slow=32.0), "attention.rope.beta_slow=32.0"),
-        (dict(scaling="llama3", factor=2.0, low_frequency_factor=4.0), "attention.rope.low_frequency_factor=4.0"),
+        ({"factor": 4.0}, "attention.rope.factor=4.0 does nothing"),
+        ({"scaling": "yarn"}, "attention.rope.factor=1.0 must be above 1"),
+        ({"theta": 1.0}, "attention.rope.theta=1.0"),
+        ({"scaling": "yarn", "factor": 2.0, "beta_slow": 32.0}, "attention.rope.beta_slow=32.0"),
+        (
+            {"scaling": "llama3", "factor": 2.0, "low_frequency_factor": 4.0},
+            "attention.rope.low_frequency_factor=4.0",
+        ),
     ],
 )
 def test_contradictions_are_refused(values: dict[str, object], message: str) -> None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moe_data.batch import TokenBatch
 
+from moe_data.batch import TokenBatch
 from moe_parallel.model.architecture import ModelConfig
 from moe_parallel.model.loss import token_loss_sum
 from moe_parallel.model.transformer import Transformer
@@ -159,17 +159,17 @@ def test_sequence_limit() -> None:
     """A sequence beyond the positions that a model was made for would give numbers without meaning."""
     model = build(replace(DENSE, model=ModelConfig(dim=32, num_layers=1, first_dense_layers=1, max_sequence_tokens=16)))
     logits_of(model, one_document(torch.arange(16)))
-    with pytest.raises(ValueError, match="17 tokens is longer than model.max_sequence_tokens=16"):
+    with pytest.raises(ValueError, match=r"17 tokens is longer than model\.max_sequence_tokens=16"):
         logits_of(model, one_document(torch.arange(17)))
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(first_dense_layers=5), "model.first_dense_layers=5 must lie in 0..model.num_layers=4"),
-        (dict(dim=0), "model.dim=0 must be at least 1"),
-        (dict(vocab_size=0), "model.vocab_size=0 must be at least 1, or null"),
-        (dict(norm_epsilon=0.0), "model.norm_epsilon=0.0 must be positive"),
+        ({"first_dense_layers": 5}, "model.first_dense_layers=5 must lie in 0..model.num_layers=4"),
+        ({"dim": 0}, "model.dim=0 must be at least 1"),
+        ({"vocab_size": 0}, "model.vocab_size=0 must be at least 1, or null"),
+        ({"norm_epsilon": 0.0}, "model.norm_epsilon=0.0 must be positive"),
     ],
 )
 def test_impossible_models_are_refused(values: dict[str, object], message: str) -> None:

@@ -40,17 +40,13 @@ class AllToAllDispatcher:
         self.group = group
         self.num_ranks = dist.get_world_size(group)
 
-    def dispatch(
-        self, x_TD: Tensor, routing: Routing, context: LayerContext
-    ) -> tuple[Tensor, Tensor, ExchangeTicket]:
+    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, Tensor, ExchangeTicket]:
         """(T, D) -> rows (R, D) sorted by local expert, their counts (L), and the ticket for `combine`.
 
         The rows of one expert come in the order of source ranks, and of slots within a rank.
         """
         count_PL = routing.count_E.view(self.num_ranks, -1)
-        arriving_PL, sent, arriving = context.once(
-            "sizes", lambda: self._sizes(count_PL, routing.uniform_count)
-        )
+        arriving_PL, sent, arriving = context.once("sizes", lambda: self._sizes(count_PL, routing.uniform_count))
         received = [sum(counts) for counts in arriving]
         rows_ND = gather_rows(x_TD, routing.token_N, routing.slot_TK)
         rows_RD = all_to_all_rows(rows_ND, received, sent, self.group)
@@ -70,9 +66,7 @@ class AllToAllDispatcher:
         rows_ND = all_to_all_rows(rows_RD, ticket.sent, ticket.received, self.group)
         return combine_rows(rows_ND, routing.weight_N, routing.token_N, routing.slot_TK, ticket.num_tokens)
 
-    def _sizes(
-        self, count_PL: Tensor, uniform_count: int | None
-    ) -> tuple[Tensor, list[int], list[list[int]]]:
+    def _sizes(self, count_PL: Tensor, uniform_count: int | None) -> tuple[Tensor, list[int], list[list[int]]]:
         """Rows that arrive for each local expert from each rank, and rows to send, on the host."""
         num_ranks, num_local = count_PL.shape
         if uniform_count is not None:

@@ -22,9 +22,7 @@ class LocalTicket:
 class LocalDispatcher:
     """Gathers rows into expert order and combines them back."""
 
-    def dispatch(
-        self, x_TD: Tensor, routing: Routing, context: LayerContext
-    ) -> tuple[Tensor, Tensor, LocalTicket]:
+    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, Tensor, LocalTicket]:
         """(T, D) -> rows (N, D) sorted by expert, their counts, and the ticket for `combine`."""
         rows_ND = gather_rows(x_TD, routing.token_N, routing.slot_TK)
         host_counts = None

@@ -55,9 +55,7 @@ class RouterConfig:
                 "gradient; set router.normalize=false"
             )
         if not 1 <= self.top_groups <= self.num_groups:
-            raise ValueError(
-                f"router.top_groups={self.top_groups} must lie in 1..router.num_groups={self.num_groups}"
-            )
+            raise ValueError(f"router.top_groups={self.top_groups} must lie in 1..router.num_groups={self.num_groups}")
         if self.num_groups > 1 and self.top_k % self.top_groups != 0:
             raise ValueError(
                 f"router.top_k={self.top_k} must be a multiple of router.top_groups={self.top_groups}: each chosen "
@@ -90,14 +88,16 @@ class TokenChoiceRouter(nn.Module):
     Source: arXiv 2401.06066 (softmax), 2405.04434 (groups by maximum), 2412.19437 (sigmoid, groups, bias).
     """
 
+    bias: Tensor | None
+    """float32 (E): added to the scores for the choice only; moved by the trainer. None without a bias."""
+
     def __init__(self, dim: int, num_experts: int, config: RouterConfig, with_bias: bool) -> None:
         super().__init__()
         config.check_experts(num_experts)
         self.config = config
         self.num_experts = num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, dim, dtype=torch.float32))
-        bias = torch.zeros(num_experts, dtype=torch.float32) if with_bias else None
-        self.register_buffer("bias", bias)
+        self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32) if with_bias else None)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Logits, (T, D) -> (T, E), at least float32: a bf16 product flips near-ties, and with them experts."""
