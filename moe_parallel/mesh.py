@@ -35,7 +35,8 @@ class ParallelConfig:
     shard: int | None = None
     """Ranks that dense weights, gradients and optimizer state are split over (FSDP2); null means all, 1 replicates."""
     reshard_after_forward: bool = True
-    """Free gathered weights after a block's forward pass and gather them again for backward: less memory, more traffic."""
+    """Free gathered weights after a block's forward pass and gather them again for backward, and reduce gradients over
+    shards after every micro-batch instead of the last one: less memory, more traffic."""
     recompute: Recompute = Recompute.none
     """Which activations are computed again in the backward pass instead of kept."""
     timeout_seconds: float = 600.0

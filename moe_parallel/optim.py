@@ -139,7 +139,5 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
     if max_norm == 0:
         return
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    local = [
-        p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None
-    ]
+    local = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(local, factor)

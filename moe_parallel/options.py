@@ -121,9 +121,7 @@ def architecture(config: Config, tokenizer_vocabulary: int | None) -> Architectu
     """The model's part of the config. A vocabulary given by the model must hold the tokenizer's."""
     size = config.model.vocab_size or tokenizer_vocabulary
     if size is None:
-        raise ConfigError(
-            ["model.vocab_size=null takes the tokenizer's size, which is not known in a dry run; set it"]
-        )
+        raise ConfigError(["model.vocab_size=null takes the tokenizer's size, which is not known in a dry run; set it"])
     if tokenizer_vocabulary is not None and size < tokenizer_vocabulary:
         raise ConfigError(
             [
@@ -268,9 +266,7 @@ def _section_options(prefix: str, kind: type) -> list[Option]:
             found += _section_options(f"{name}[]", inner)
         default = field.default
         if default is dataclasses.MISSING:
-            default = (
-                field.default_factory() if field.default_factory is not dataclasses.MISSING else "required"
-            )
+            default = field.default_factory() if field.default_factory is not dataclasses.MISSING else "required"
         shown = default.value if isinstance(default, Enum) else "null" if default is None else default
         found.append(Option(name, _type_text(hint), str(shown), texts.get(field.name, ""), _choices(hint)))
     return found
@@ -306,12 +302,12 @@ def _field_texts(kind: type) -> dict[str, str]:
             continue
         body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
         for before, after in zip(body, body[1:]):
-            target = before.target if isinstance(before, ast.AnnAssign) else None
+            target: ast.expr | None = before.target if isinstance(before, ast.AnnAssign) else None
             if isinstance(before, ast.Assign):
                 target = before.targets[0]
-            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if isinstance(target, ast.Name) and is_text and isinstance(after.value.value, str):
-                texts[target.id] = " ".join(after.value.value.split())
+            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
+            if isinstance(target, ast.Name) and isinstance(text, str):
+                texts[target.id] = " ".join(text.split())
     return texts
 
 

@@ -71,9 +71,7 @@ def _refuse(error: Exception, rank: int) -> int:
     return BAD_INPUT
 
 
-def _train(
-    config: Config, layout: Layout, folder: RunFolder, name: str, here: launch.Launch, stop: StopSignal
-) -> int:
+def _train(config: Config, layout: Layout, folder: RunFolder, name: str, here: launch.Launch, stop: StopSignal) -> int:
     start_from = _place_to_start(config, folder)
     tokenizer = build_tokenizer(config.tokenizer, bpe_trainer(config.data.sources, config.data.cache_dir))
     shape = architecture(config, tokenizer.vocab_size)

@@ -376,9 +376,7 @@ class Trainer:
             "previous_count": engine.previous_count_LE,
             "last_metrics": self.last_metrics,
         }
-        self.checkpointer.save(
-            state.step, engine.model, engine.optimizer, extra, self.identity, tokens=state.tokens
-        )
+        self.checkpointer.save(state.step, engine.model, engine.optimizer, extra, self.identity, tokens=state.tokens)
         self._saved_step = state.step
 
     def restore(self, extra: dict[str, Any]) -> None:

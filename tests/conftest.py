@@ -41,7 +41,17 @@ def pytest_collection_modifyitems(items):
 def pytest_terminal_summary(terminalreporter):
     if not _ROWS:
         return
-    head = ("parity with one process", "tier", "ranks", "ep", "shard", "recompute", "micro", "worst gradient", "allowed")
+    head = (
+        "parity with one process",
+        "tier",
+        "ranks",
+        "ep",
+        "shard",
+        "recompute",
+        "micro",
+        "worst gradient",
+        "allowed",
+    )
     widths = [max(len(row[i]) for row in [head, *_ROWS]) for i in range(len(head))]
     terminalreporter.section("parity")
     for row in [head, *_ROWS]:

@@ -11,6 +11,7 @@ import os
 import pickle
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -128,12 +129,16 @@ def _threaded_process(_: int, world: int, folder: str, fn: Any, args: Any, timeo
         threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join(timeout / world if errors else timeout)
+        deadline = time.monotonic() + timeout
+        while any(thread.is_alive() for thread in threads):
             if errors:
+                time.sleep(1.0)  # others may fail of themselves and say more; else they wait for the dead one
                 raise RankFailed("\n".join(errors))
-        if any(thread.is_alive() for thread in threads):
-            raise RankFailed("a rank hangs")
+            if time.monotonic() > deadline:
+                raise RankFailed("a rank hangs")
+            threads[0].join(0.01) if threads[0].is_alive() else time.sleep(0.01)
+        if errors:
+            raise RankFailed("\n".join(errors))
         return results
 
     _report(folder, 0, call)

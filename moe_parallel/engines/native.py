@@ -24,6 +24,7 @@ from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.transformer import Transformer
 from moe_parallel.moe.balance import GlobalEstimator, bias_step
 from moe_parallel.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_parallel.moe.experts import local_tensor
 from moe_parallel.moe.layer import MoELayer
 from moe_parallel.moe.routing import ForwardContext, normalized_counts
 from moe_parallel.optim import OptimConfig, build_optimizer, clip_gradients, global_gradient_norm
@@ -37,9 +38,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
-def parallelize(
-    model: Transformer, mesh: ParallelMesh, config: ParallelConfig, dtype: torch.dtype
-) -> Transformer:
+def parallelize(model: Transformer, mesh: ParallelMesh, config: ParallelConfig, dtype: torch.dtype) -> Transformer:
     """Turn a model (best built on the meta device) into this rank's part of it.
 
     Order matters: experts are split before FSDP shards what is left of them, recompute is set on blocks before FSDP
@@ -66,7 +65,7 @@ def parallelize(
 
 def _local_experts(model: nn.Module) -> int:
     layers = moe_layers(model)
-    return layers[0].experts.gate_up.to_local().shape[0] if layers else 0
+    return local_tensor(layers[0].experts.gate_up).shape[0] if layers else 0
 
 
 def split_experts(model: Transformer, mesh: ParallelMesh) -> None:
@@ -82,7 +81,7 @@ def split_experts(model: Transformer, mesh: ParallelMesh) -> None:
 
 def set_recompute(model: Transformer, how: Recompute) -> None:
     """Mark what is computed again in the backward pass."""
-    for block in model.layers:
+    for block in model.blocks:
         block.recompute = how is Recompute.full
     for layer in moe_layers(model):
         layer.experts.recompute = how is Recompute.selective
@@ -94,7 +93,7 @@ def shard_weights(model: Transformer, mesh: ParallelMesh, config: ParallelConfig
     mixed = dtype != master
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master) if mixed else MixedPrecisionPolicy()
     reshard = config.reshard_after_forward
-    for block in model.layers:
+    for block in model.blocks:
         if isinstance(block.ffn, MoELayer):
             if mixed:  # a group of its own keeps the router's weights in full precision
                 fully_shard(block.ffn.router, mesh=mesh.dense, reshard_after_forward=reshard)
@@ -145,6 +144,7 @@ class NativeEngine:
     ) -> None:
         self.architecture = architecture
         self.mesh = mesh
+        self.parallel = parallel
         self.device = device
         self.optim = optim
         self.group = mesh.data_group
@@ -154,12 +154,17 @@ class NativeEngine:
                 model = model.to(master_dtype)
         self.model = parallelize(model, mesh, parallel, dtype)
         self.layers = moe_layers(self.model)
-        self.model.to_empty(device=device)
-        self.optimizer = build_optimizer(self.model, optim)
-        num_experts = architecture.moe.num_experts
-        self.previous_count_LE = torch.zeros(
-            architecture.model.num_layers, num_experts, dtype=torch.float64, device=device
-        )
+        self.materialize()
+
+    def materialize(self) -> None:
+        """Give this rank's part of the model memory, without values, and an optimizer.
+
+        Everything before it runs without memory, everything after it on `device`: a plan takes over here.
+        """
+        self.model.to_empty(device=self.device)
+        self.optimizer = build_optimizer(self.model, self.optim)
+        num_layers, num_experts = self.architecture.model.num_layers, self.architecture.moe.num_experts
+        self.previous_count_LE = torch.zeros(num_layers, num_experts, dtype=torch.float64, device=self.device)
         """Slots per expert of the previous step over all ranks, for the look-ahead of the global balance loss."""
 
     def init_weights(self, init: InitConfig, seed: int) -> None:
@@ -224,7 +229,10 @@ class NativeEngine:
 
     def _sync_gradients(self, last: bool) -> None:
         if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
+            # Gradients that wait for the last micro-batch wait whole, in the master type: more than everything else
+            # of a large model. With resharding each rank keeps its shard only; replicas are summed once either way.
+            self.model.set_requires_gradient_sync(last or self.parallel.reshard_after_forward)
+            self.model.set_requires_all_reduce(last)
             self.model.set_is_last_backward(last)
 
     def gradient_norm(self) -> Tensor:

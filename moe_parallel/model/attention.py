@@ -73,11 +73,12 @@ def _attend_per_document(
     whole = [row for row, spans in enumerate(lengths) if len(spans) == 1]
     if whole:
         index = torch.tensor(whole, device=q_BHSd.device)
-        rows.update(zip(whole, _causal(*(x.index_select(0, index) for x in inputs), scale).split(1)))
+        q, k, v = (x.index_select(0, index) for x in inputs)
+        rows.update(zip(whole, _causal(q, k, v, scale).split(1)))
     for row, spans in enumerate(lengths):
         if row not in rows:
             pieces = zip(*(x[row : row + 1].split(spans, dim=2) for x in inputs))
-            rows[row] = torch.cat([_causal(*piece, scale) for piece in pieces], dim=2)
+            rows[row] = torch.cat([_causal(q, k, v, scale) for q, k, v in pieces], dim=2)
     return torch.cat([rows[row] for row in range(len(lengths))])
 
 

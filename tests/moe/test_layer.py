@@ -158,7 +158,9 @@ def test_padding_is_not_routed_nor_counted():
     assert float(stats.entropy) == pytest.approx(float(layer.route(x_TD[:7], context(7))[1].entropy))
 
 
-@pytest.mark.parametrize("moe", [{}, {"capacity_factor": 0.5}, {"capacity_factor": 0.5, "drop_order": DropOrder.weight}])
+@pytest.mark.parametrize(
+    "moe", [{}, {"capacity_factor": 0.5}, {"capacity_factor": 0.5, "drop_order": DropOrder.weight}]
+)
 def test_evaluation_is_causal(moe):
     """Perturb the future: earlier outputs must not move. With a capacity, training is not causal (and this probe must
     fail there), so evaluation does not drop.

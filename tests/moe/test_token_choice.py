@@ -129,9 +129,7 @@ def test_equals_transformers_deepseek_v3():
     _, expert, weight = route(ours, X)
     order, wanted_order = expert.argsort(-1), indices.argsort(-1)
     assert torch.equal(expert.gather(1, order), indices.gather(1, wanted_order))
-    torch.testing.assert_close(
-        weight.gather(1, order), weights.gather(1, wanted_order).double(), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(weight.gather(1, order), weights.gather(1, wanted_order).double(), rtol=1e-5, atol=1e-6)
 
 
 def test_forced_balance_is_balanced():

@@ -218,5 +218,7 @@ def _reference_step(case: Case, model: Transformer, step: int, previous_LE: Tens
                 seen_LE[s.layer] += s.step_count_E
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
-    outcome = Outcome(float(loss) / num_targets, float(balance) / num_valid, float(norm), gradients, counts, float(dropped), [])
+    outcome = Outcome(
+        float(loss) / num_targets, float(balance) / num_valid, float(norm), gradients, counts, float(dropped), []
+    )
     return outcome, seen_LE

@@ -7,7 +7,12 @@ from moe_parallel.moe.capacity import DropOrder
 from moe_parallel.moe.routers.token_choice import GroupScore, Score
 from tests.parity.cases import Case
 
-ALL_LOSSES = {"sequence_coefficient": 0.1, "data_parallel_coefficient": 0.1, "global_coefficient": 0.1, "z_coefficient": 0.01}
+ALL_LOSSES = {
+    "sequence_coefficient": 0.1,
+    "data_parallel_coefficient": 0.1,
+    "global_coefficient": 0.1,
+    "z_coefficient": 0.01,
+}
 GLOBAL = {"global_coefficient": 0.3}
 EXACT = {"global_coefficient": 0.3, "global_estimator": GlobalEstimator.exact}
 BIAS = {"bias_rate": 0.05, "sequence_coefficient": 0.1}
