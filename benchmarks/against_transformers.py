@@ -207,7 +207,9 @@ def compare(ranks: int, shape: Shape, steps: int, quick: bool) -> dict:
     """One row of the table."""
     threads = max(1, (os.cpu_count() or 1) // ranks)
     implementations = ["grouped_mm"] if ranks > 1 or quick else ["grouped_mm", "eager", "batched_mm"]
-    runs = {how: run(ranks, threads, "both", shape, steps if how == "grouped_mm" else 3, how) for how in implementations}
+    runs = {
+        how: run(ranks, threads, "both", shape, steps if how == "grouped_mm" else 3, how) for how in implementations
+    }
     fastest = min(runs, key=lambda how: statistics.median(runs[how]["seconds"]["theirs"]))
     if fastest != "grouped_mm":
         runs[fastest] = run(ranks, threads, "both", shape, steps, fastest)
@@ -279,7 +281,9 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}; `python benchmarks/against_transformers.py`"
     )
-    shapes = "\n".join(f"- {s.name}: " + ", ".join(f"{k} {v}" for k, v in asdict(s).items() if k != "name") for s in SHAPES)
+    shapes = "\n".join(
+        f"- {s.name}: " + ", ".join(f"{k} {v}" for k, v in asdict(s).items() if k != "name") for s in SHAPES
+    )
     text = f"{facts}\n\n{table(rows)}\n\nShapes (fp32; `rows` sequences a rank and step):\n\n{shapes}"
     print(text)
     if not arguments.quick:
