@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass
 from moe_parallel.checkpoint.checkpointer import CheckpointConfig
 from moe_parallel.mesh import Layout, ParallelConfig, make_layout
 from moe_parallel.model.architecture import Architecture, ModelConfig
-from moe_parallel.model.attention import GroupedQueryConfig
+from moe_parallel.model.attention import AttentionConfig, GroupedQueryConfig
 from moe_parallel.model.initialize import InitConfig
 from moe_parallel.model.latent_attention import LatentConfig
 from moe_parallel.moe.balance import BalanceConfig
@@ -53,7 +53,7 @@ class Config:
     """The whole configuration. Top-level keys are also the names of Hydra's groups."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    attention: Any = MISSING
+    attention: AttentionConfig = MISSING
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
@@ -184,6 +184,30 @@ def plain(value: Any) -> Any:
 def config_yaml(config: Config) -> str:
     """The resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(plain(dataclasses.asdict(config))))
+
+
+def load_config(path: Path) -> Config:
+    """Read back the resolved configuration that a run wrote."""
+    if not path.is_file():
+        raise ConfigError([f"{path} does not exist: this is not the folder of a run"])
+    saved = OmegaConf.load(path)
+    assert isinstance(saved, DictConfig)
+    schema = OmegaConf.structured(Config)
+    # The file does not say which kind of attention its options are of; only one kind has them all.
+    kinds = (GroupedQueryConfig, LatentConfig)
+    schema.attention = OmegaConf.structured(next(k for k in kinds if _field_names(k) == set(saved.attention)))
+    merged = OmegaConf.merge(schema, saved)
+    assert isinstance(merged, DictConfig)
+    return to_config(merged)
+
+
+def _field_names(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def plain_architecture(shape: Architecture) -> dict[str, Any]:
+    """What makes a model another model, for its checkpoints."""
+    return plain(dataclasses.asdict(shape))
 
 
 def config_folders(arguments: list[str]) -> list[Path]:

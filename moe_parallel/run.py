@@ -25,7 +25,7 @@ from moe_parallel.mesh import Layout, ParallelMesh
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.counts import Bytes, count_parameters, memory_per_rank, training_flops_per_token
 from moe_parallel.model.generate import generate
-from moe_parallel.options import Config, ConfigError, architecture, check, config_yaml, plain
+from moe_parallel.options import Config, ConfigError, architecture, check, config_yaml, plain, plain_architecture
 from moe_parallel.run_folder import RunFolder, describe_environment, git_revision
 from moe_parallel.tracking import NullTracker, Tracker
 from moe_parallel.trainer import DType, Meter, NonfiniteError, Stopped, StopSignal, Trainer, TrainerConfig
@@ -75,7 +75,7 @@ def _train(config: Config, layout: Layout, folder: RunFolder, name: str, here: l
     start_from = _place_to_start(config, folder)
     tokenizer = build_tokenizer(config.tokenizer, bpe_trainer(config.data.sources, config.data.cache_dir))
     shape = architecture(config, tokenizer.vocab_size)
-    identity = plain(dataclasses.asdict(shape))
+    identity = plain_architecture(shape)
     checkpointer = Checkpointer(
         folder.checkpoints,
         config.checkpoint,
@@ -240,6 +240,7 @@ def _finish(config: Config, trainer: Trainer, tokenizer: Tokenizer, folder: RunF
         "",
         f"checkpoint  {checkpoint}",
         f"metrics     {folder.metrics}",
+        f"generate    python scripts/generate.py {folder.path}",
         f"train on    the same command with resume=auto train.steps={2 * step}",
     ]
     for line in lines:
