@@ -5,27 +5,27 @@ This is the only module that knows Hydra and OmegaConf; nothing below it ever se
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
-import inspect
 import re
-import textwrap
-import typing
+from collections.abc import Callable
 from dataclasses import dataclass as plain_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
-from moe_data.loader import DataConfig
-from moe_data.tokenizers import TokenizerConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
+from yaml import YAMLError
 
+from moe_data.loader import DataConfig
+from moe_data.tokenizers import TokenizerConfig
+from moe_parallel import option_texts
 from moe_parallel.checkpoint.checkpointer import CheckpointConfig
 from moe_parallel.mesh import Layout, ParallelConfig, make_layout
 from moe_parallel.model.architecture import Architecture, ModelConfig
@@ -36,16 +36,25 @@ from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.layer import MoEConfig
 from moe_parallel.moe.routers.token_choice import RouterConfig
 from moe_parallel.optim import OptimConfig
+from moe_parallel.option_texts import KINDS, Option, describe, did_you_mean
 from moe_parallel.tracking import TrackingConfig
 from moe_parallel.trainer import EvaluationConfig, TrainConfig
+
+T = TypeVar("T")
+
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
+"""What Hydra raises while it reads and composes files and command line; `explain` puts it into words."""
 
 
 @dataclass(kw_only=True)
 class RunConfig:
     name: str | None = None
-    """Name of the run; null takes the model's name. A sweep adds its overrides."""
+    """Name of the run and its folder; null takes the model's name. A sweep adds a folder for each of its jobs."""
     dir: str = "runs"
     """Folder that run folders lie in."""
+
+
+ATTENTIONS = (GroupedQueryConfig, LatentConfig)
 
 
 @plain_dataclass
@@ -53,7 +62,7 @@ class Config:
     """The whole configuration. Top-level keys are also the names of Hydra's groups."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    attention: AttentionConfig = MISSING
+    attention: AttentionConfig = dataclasses.field(default=MISSING, metadata={KINDS: ATTENTIONS})
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
@@ -77,7 +86,7 @@ class ConfigError(ValueError):
     """One or more mistakes in the configuration, each with its remedy. Ends the program with code 2."""
 
     def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
+        super().__init__("\nerror: ".join(problems))
         self.problems = problems
 
 
@@ -94,7 +103,7 @@ def register() -> None:
 
 def to_config(composed: DictConfig) -> Config:
     """Convert once, with every section's own checks. Raises ConfigError with all problems at once."""
-    problems: list[str] = []
+    problems = [_unknown_option(name) for name in _appended(composed, Config, "")]
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Config):
         try:
@@ -103,10 +112,22 @@ def to_config(composed: DictConfig) -> Config:
         except ValidationError as error:
             problems += [_pydantic_text(field.name, e) for e in error.errors()]
         except (ValueError, OmegaConfBaseException) as error:
-            problems.append(str(error))
+            problems += explain(error, [])
     if problems:
         raise ConfigError(problems)
     return Config(**values)
+
+
+def _appended(node: Any, kind: Any, prefix: str) -> list[str]:
+    """Names of keys that no dataclass has: `+key=value` puts them past Hydra's own check."""
+    found = []
+    fields = _field_names(kind) if dataclasses.is_dataclass(kind) else None
+    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        if fields is not None and key not in fields:
+            found.append(f"{prefix}{key}")
+        elif OmegaConf.is_config(child := node._get_node(key)) and not child._is_none() and not child._is_missing():
+            found += _appended(child, OmegaConf.get_type(child), f"{prefix}{key}.")
+    return found
 
 
 def _pydantic_text(section: str, error: Any) -> str:
@@ -123,11 +144,9 @@ def architecture(config: Config, tokenizer_vocabulary: int | None) -> Architectu
     if size is None:
         raise ConfigError(["model.vocab_size=null takes the tokenizer's size, which is not known in a dry run; set it"])
     if tokenizer_vocabulary is not None and size < tokenizer_vocabulary:
-        raise ConfigError(
-            [
-                f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_vocabulary} tokens; raise it or set null"
-            ]
-        )
+        raise ConfigError([
+            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_vocabulary} tokens; raise or null it"
+        ])  # fmt: skip
     return Architecture(
         model=config.model,
         attention=config.attention,
@@ -141,35 +160,57 @@ def architecture(config: Config, tokenizer_vocabulary: int | None) -> Architectu
 def check(config: Config, ranks: int) -> Layout:
     """The relations between sections, for this number of processes. Raises ConfigError with all problems at once."""
     problems: list[str] = []
-    layout: Layout | None = None
-    has_experts = config.model.first_dense_layers < config.model.num_layers
-    try:
-        layout = make_layout(config.parallel, ranks, config.moe.num_experts)
-        if layout.ep > 1 and not has_experts:
-            problems.append(
-                f"parallel.ep={layout.ep} splits experts, but model.first_dense_layers={config.model.first_dense_layers} "
-                f"leaves none of model.num_layers={config.model.num_layers}; set parallel.ep=1"
-            )
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        config.router.check_experts(config.moe.num_experts)
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        _, size = config.train.micro_batches(ranks)
-        slots = size * config.train.sequence_tokens * config.router.top_k
-        if config.router.forced_balance and slots % config.moe.num_experts != 0:
-            problems.append(
-                f"router.forced_balance=true deals {slots} slots of a micro-batch to moe.num_experts="
-                f"{config.moe.num_experts} experts, which is uneven; change train.micro_batch_sequences"
-            )
-    except ValueError as error:
-        problems.append(str(error))
-    if problems:
+
+    def attempt(action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except ValueError as error:
+            problems.append(str(error))
+            return None
+
+    layout = attempt(lambda: make_layout(config.parallel, ranks, config.moe.num_experts))
+    batches = attempt(lambda: config.train.micro_batches(ranks))
+    attempt(lambda: architecture(config, None if config.model.vocab_size else 1))  # the tokenizer is not known yet
+    if layout is not None:
+        problems += _expert_problems(config, layout)
+    if batches is not None:
+        problems += _batch_problems(config, batches[1])
+    if layout is None or problems:
         raise ConfigError(problems)
-    assert layout is not None
     return layout
+
+
+def _expert_problems(config: Config, layout: Layout) -> list[str]:
+    model, parts = config.model, layout.expert_shard
+    problems = []
+    if layout.ep > 1 and model.first_dense_layers == model.num_layers:
+        problems.append(
+            f"parallel.ep={layout.ep} splits experts, but model.first_dense_layers={model.first_dense_layers} leaves "
+            f"none of model.num_layers={model.num_layers}; set parallel.ep=1"
+        )
+    if layout.ep > 1 and model.dim % parts and config.moe.expert_dim % parts:
+        problems.append(
+            f"parallel.shard={layout.shard} over parallel.ep={layout.ep} leaves {parts} ranks for each expert, which "
+            f"divide neither model.dim={model.dim} nor moe.expert_dim={config.moe.expert_dim}; change one of them"
+        )
+    return problems
+
+
+def _batch_problems(config: Config, micro_batch_sequences: int) -> list[str]:
+    tokens, limit = config.train.sequence_tokens, config.model.max_sequence_tokens
+    slots = micro_batch_sequences * tokens * config.router.top_k
+    problems = []
+    if limit is not None and tokens > limit:
+        problems.append(
+            f"train.sequence_tokens={tokens} is more than model.max_sequence_tokens={limit}; shorten the sequence, or "
+            "raise the limit"
+        )
+    if config.router.forced_balance and slots % config.moe.num_experts != 0:
+        problems.append(
+            f"router.forced_balance=true deals {slots} slots of a micro-batch to moe.num_experts="
+            f"{config.moe.num_experts} experts, which is uneven; change train.micro_batch_sequences"
+        )
+    return problems
 
 
 def plain(value: Any) -> Any:
@@ -194,20 +235,30 @@ def load_config(path: Path) -> Config:
     assert isinstance(saved, DictConfig)
     schema = OmegaConf.structured(Config)
     # The file does not say which kind of attention its options are of; only one kind has them all.
-    kinds = (GroupedQueryConfig, LatentConfig)
-    schema.attention = OmegaConf.structured(next(k for k in kinds if _field_names(k) == set(saved.attention)))
+    schema.attention = OmegaConf.structured(next(k for k in ATTENTIONS if _field_names(k) == set(saved.attention)))
     merged = OmegaConf.merge(schema, saved)
     assert isinstance(merged, DictConfig)
     return to_config(merged)
 
 
-def _field_names(kind: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(kind)}
-
-
 def plain_architecture(shape: Architecture) -> dict[str, Any]:
     """What makes a model another model, for its checkpoints."""
     return plain(dataclasses.asdict(shape))
+
+
+def swept_name(overrides: list[str], arguments: list[str]) -> str:
+    """What tells a job of a sweep from the others, as a folder's name; "" outside of sweeps.
+
+    Args:
+        overrides: of the job, as Hydra keeps them.
+        arguments: the command line of the whole sweep.
+    """
+    parse = OverridesParser.create().parse_overrides
+    given = parse([a for a in arguments if "=" in a and not a.startswith("-")])
+    fixed = {override.key_or_group for override in given if not override.is_sweep_override()}
+    unresolved: Any = OmegaConf.to_container(OmegaConf.create(overrides), resolve=False)
+    swept = [override for override in parse(unresolved) if override.key_or_group not in fixed]
+    return ",".join(str(override.input_line) for override in swept).replace("/", "_")
 
 
 def config_folders(arguments: list[str]) -> list[Path]:
@@ -224,147 +275,70 @@ def config_folders(arguments: list[str]) -> list[Path]:
 # -- messages ------------------------------------------------------------------------------------------------------
 
 
-def explain(error: Exception) -> str:
-    """Hydra's and OmegaConf's errors in one plain line, with the option that was probably meant."""
+def explain(error: Exception, arguments: list[str]) -> list[str]:
+    """What Hydra or OmegaConf did not like while composing, one plain line for each mistake.
+
+    Args:
+        arguments: the command line. Hydra stops at the first name it does not know; here all are named.
+    """
     text = str(error)
-    match = re.search(r"Key '([^']+)' (?:is )?not in '", text)
-    if match:
-        full = re.search(r"full_key: (\S+)", text)
-        wrong = full.group(1) if full else match.group(1)
-        near = difflib.get_close_matches(wrong, option_names(), n=3, cutoff=0.6)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; `--help` lists all options"
-        return f"unknown option {wrong}{hint}"
-    cause = error.__cause__
-    if isinstance(error, ConfigError) or cause is None:
-        return re.sub(r"\s*\n\s*(full_key|object_type|reference_type)[:=][^\n]*", "", text)
-    return f"{text} ({str(cause).splitlines()[0]})"
+    details = str(error.__cause__ or text)
+    key = re.search(r"full_key: (\S+)", details)
+    place = re.match(r"In '([^']+)'", text)
+    where = f" in {place.group(1)}.yaml" if place else ""
+    if unknown := re.search(r"Key '([^']+)' (?:is )?not in '", details):
+        named = [] if place else _unknown_names(arguments)
+        return named or [_unknown_option(key.group(1) if key else unknown.group(1), where)]
+    if choice := re.search(r"Could not find '(.+)/([^/']*)'", text):
+        group, name = choice.groups()
+        choices = re.findall(r"^\t(\w+)$", text.split("Config search path")[0], re.MULTILINE)
+        return [
+            f"{group}={name}{where if where != ' in train.yaml' else ''}: there is no such choice"
+            f"{did_you_mean(name, choices) or ';'} choices: {', '.join(choices) or 'none'}"
+        ]
+    if given := re.match(r"Error merging override (.+)", text):
+        return [f"{given.group(1)}: {_one_line(details)}; `--help` lists types and choices"]
+    if isinstance(error, OverrideParseException):
+        return [f"{_one_line(text)}; give options as name=value and groups as group=choice"]
+    subject = f"{key.group(1) if key else ''}{where}".strip()
+    return [f"{subject}: {_one_line(details)}" if subject else _one_line(details)]
 
 
-@plain_dataclass(frozen=True)
-class Option:
-    """One option as `--help` shows it."""
-
-    name: str
-    type: str
-    default: str
-    text: str
-    choices: tuple[tuple[str, str], ...]
+def _unknown_names(arguments: list[str]) -> list[str]:
+    """Options on the command line that do not exist."""
+    known = {re.sub(r"\[\]", "", option.name) for option in options()} | _field_names(Config)
+    given = [match.group(1) for a in arguments if (match := re.match(r"\+{0,2}([\w.]+)=", a))]
+    names = [name for name in given if not name.startswith("hydra.")]
+    return [_unknown_option(name) for name in names if re.sub(r"\.\d+(?=\.|$)", "", name) not in known]
 
 
-def option_names() -> list[str]:
-    """Full names of all options."""
-    return [option.name for option in options()]
+def _unknown_option(name: str, where: str = "") -> str:
+    names = [option.name for option in options()]
+    if name in names:  # of another choice
+        section = name.split(".")[0]
+        return f"option {name}{where} is not one of the chosen {section}; choose another {section}, or leave it out"
+    hint = did_you_mean(name, names if "." in name else [*names, *_field_names(Config)])
+    elsewhere = "`--help` lists all options" if "." in name else "`--help` lists all, --config-dir adds groups of yours"
+    return f"unknown option {name}{where}{hint or '; ' + elsewhere}"
+
+
+def _field_names(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def _one_line(text: str) -> str:
+    """Without the places in Hydra's own objects, and without line breaks."""
+    lines = [line.strip() for line in text.splitlines()]
+    noise = re.compile(r"(full_key|object_type|reference_type)[:=]|See https://|.* raised while composing config:$|$")
+    return "; ".join(line for line in lines if not noise.match(line))
 
 
 @cache
 def options() -> tuple[Option, ...]:
-    """All options with their texts, taken from the dataclasses themselves."""
-    found: list[Option] = []
-    sections: dict[str, list[type]] = {}
-    hints = typing.get_type_hints(Config)
-    for field in dataclasses.fields(Config):
-        kind = hints[field.name]
-        sections[field.name] = [GroupedQueryConfig, LatentConfig] if field.name == "attention" else [kind]
-    texts = _field_texts(Config)
-    for name, kinds in sections.items():
-        for kind in kinds:
-            if dataclasses.is_dataclass(kind):
-                found += _section_options(name, kind)
-            else:
-                default = next(f for f in dataclasses.fields(Config) if f.name == name).default
-                found.append(Option(name, kind.__name__, str(default), texts[name], ()))
-    return tuple(dict.fromkeys(found))
-
-
-def _section_options(prefix: str, kind: type) -> list[Option]:
-    found: list[Option] = []
-    hints = typing.get_type_hints(kind)
-    texts = _field_texts(kind)
-    for field in dataclasses.fields(kind):
-        name, hint = f"{prefix}.{field.name}", hints[field.name]
-        inner = _inner_dataclass(hint)
-        if inner is not None and typing.get_origin(hint) is not list:
-            found += _section_options(name, inner)
-            continue
-        if inner is not None:
-            found += _section_options(f"{name}[]", inner)
-        default = field.default
-        if default is dataclasses.MISSING:
-            default = field.default_factory() if field.default_factory is not dataclasses.MISSING else "required"
-        shown = default.value if isinstance(default, Enum) else "null" if default is None else default
-        found.append(Option(name, _type_text(hint), str(shown), texts.get(field.name, ""), _choices(hint)))
-    return found
-
-
-def _inner_dataclass(hint: Any) -> type | None:
-    kinds = [hint, *typing.get_args(hint)]
-    return next((k for k in kinds if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
-
-
-def _type_text(hint: Any) -> str:
-    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return text.replace("NoneType", "null").replace("None", "null").split(".")[-1]
-
-
-def _choices(hint: Any) -> tuple[tuple[str, str], ...]:
-    kinds = [hint, *typing.get_args(hint)]
-    enum = next((k for k in kinds if isinstance(k, type) and issubclass(k, Enum)), None)
-    if enum is None:
-        return ()
-    texts = _field_texts(enum)
-    return tuple((str(member.value), texts.get(member.name, "")) for member in enum)
-
-
-@cache
-def _field_texts(kind: type) -> dict[str, str]:
-    """The string under each field, base classes first."""
-    texts: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError):
-            continue
-        body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-        for before, after in zip(body, body[1:]):
-            target: ast.expr | None = before.target if isinstance(before, ast.AnnAssign) else None
-            if isinstance(before, ast.Assign):
-                target = before.targets[0]
-            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
-            if isinstance(target, ast.Name) and isinstance(text, str):
-                texts[target.id] = " ".join(text.split())
-    return texts
+    """All options with their texts."""
+    return describe(Config)
 
 
 def help_text(config_folders: list[Path]) -> str:
-    """What `--help` prints: how to run, the choices of each group, and every option with its text."""
-    lines = [
-        "Train a mixture-of-experts language model.",
-        "",
-        "  python train.py [group=choice] [option=value]                 one process",
-        "  torchrun --nproc-per-node 2 train.py parallel.ep=2 [...]      several, experts split over them",
-        "  python train.py --cfg job [...]                               show the composed configuration",
-        "  python train.py --config-dir DIR [...]                        add configs of your own",
-        "  python train.py -m router.top_k=2,4 [...]                     sweep",
-        "",
-        "Groups and their choices",
-    ]
-    for group in sorted({g for folder in config_folders for g in _groups(folder)}):
-        names = sorted({p.stem for folder in config_folders for p in (folder / group).glob("*.yaml")})
-        lines.append(f"  {group}={'|'.join(names)}")
-    section = ""
-    for option in options():
-        head = option.name.split(".")[0] if "." in option.name else ""
-        if head != section:
-            section = head
-            lines += ["", f"{section}" if section else "Top level"]
-        lines.append(f"  {option.name}={option.default}  ({option.type})")
-        lines += textwrap.wrap(option.text, 104, initial_indent="      ", subsequent_indent="      ")
-        for value, text in option.choices:
-            lines += textwrap.wrap(f"{value}: {text}" if text else value, 100, initial_indent="        ")
-    return "\n".join(lines)
-
-
-def _groups(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    return [p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.yaml"))]
+    """What `--help` prints."""
+    return option_texts.help_text(Config, config_folders)

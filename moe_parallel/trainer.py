@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-import resource
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass as plain_dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic.dataclasses import dataclass
+
 from moe_data.batch import TokenBatch
 from moe_data.loader import TrainingData, ValidationData, merge_states
 from moe_data.prefetch import Prefetcher
-from pydantic.dataclasses import dataclass
-
+from moe_parallel import launch
 from moe_parallel.checkpoint.checkpointer import CheckpointConfig, Checkpointer
 from moe_parallel.engines.native import NativeEngine
+from moe_parallel.meter import Meter, peak_memory_bytes
 from moe_parallel.optim import OptimConfig, learning_rate
 from moe_parallel.statistics import StepSums, expert_metrics
+from moe_parallel.stop import Stopped, StopSignal
 from moe_parallel.tracking import NullTracker, Tracker, TrackingConfig
 
 
@@ -111,38 +109,12 @@ class EvaluationConfig:
                 raise ValueError(f"evaluation.{name}={getattr(self, name)} must not be negative")
 
 
-class StopSignal:
-    """SIGTERM and SIGUSR1 mean the same: finish the step, save, leave. They may come several times."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self._seen = False
-
-    def requested(self) -> bool:
-        """Whether this rank was asked to stop."""
-        return self._seen
-
-    @contextmanager
-    def installed(self) -> Iterator[StopSignal]:
-        """Handle the signals inside the block; the handler only sets a flag."""
-        before = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
-        try:
-            yield self
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
-
-    def _handle(self, signum: int, frame: object) -> None:
-        self._seen = True
+class BadData(ValueError):
+    """Some rank could not read its part of a batch; raised on all ranks with that rank's words."""
 
 
 class NonfiniteError(RuntimeError):
     """A NaN or infinite loss or gradient, with the first layer that produced one."""
-
-
-class Stopped(Exception):
-    """All ranks agreed to stop."""
 
 
 @plain_dataclass
@@ -164,35 +136,6 @@ class TrainerConfig:
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     prefetch_steps: int
-
-
-@plain_dataclass
-class Meter:
-    """Tokens and seconds of training since the last log line; evaluation and saving are not in it."""
-
-    flops_per_token: float
-    """Forward and backward, active parameters only."""
-    peak_flops_per_second: float | None
-    """Of all ranks' devices together; None where it is not known."""
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, tokens: int, seconds: float) -> None:
-        """One step."""
-        self.steps, self.tokens, self.seconds = self.steps + 1, self.tokens + tokens, self.seconds + seconds
-
-    def take(self) -> dict[str, float]:
-        """Rates since the last call."""
-        metrics = {
-            "time/step_seconds": self.seconds / self.steps,
-            "speed/tokens_per_second": self.tokens / self.seconds,
-        }
-        if self.peak_flops_per_second is not None:
-            used = self.flops_per_token * self.tokens / self.seconds
-            metrics["speed/model_flops_utilization_percent"] = 100 * used / self.peak_flops_per_second
-        self.steps, self.tokens, self.seconds = 0, 0, 0.0
-        return metrics
 
 
 class Trainer:
@@ -224,18 +167,23 @@ class Trainer:
         self.num_micro_batches, self.micro_batch_sequences = config.train.micro_batches(self.world)
         self.state = TrainState()
         self.data_state = data.state_dict()
-        self.last_metrics: dict[str, float] = {}
-        """Of the final step: logged together with the final evaluation, for a step has one line."""
+        self.unlogged: dict[str, float] = {}
+        """Metrics of a step that is still to be evaluated: its one line in metrics.jsonl has both."""
         self._saved_step: int | None = None
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train from the current state to the last step and save. Raises Stopped, after saving, when told to leave."""
-        state, total = self.state, self.config.train.steps
+        """Train from the current state to the last step and save; the last step is left to be evaluated and logged.
+
+        Raises:
+            Stopped: when told to leave, after saving.
+            ValueError: data of a later step cannot be read; steps taken until then are saved.
+        """
+        state, total, first_step = self.state, self.config.train.steps, self.state.step
         prefetcher = Prefetcher(
             self.data,
-            start_step=state.step,
+            start_step=first_step,
             end_step=total,
             rank=self.rank,
             world=self.world,
@@ -244,25 +192,28 @@ class Trainer:
             depth=self.config.prefetch_steps,
         )
         try:
-            dry_batch = self.config.train.dry_batch
+            if self.unlogged and first_step < total:  # an earlier run ended between the step and its evaluation
+                self.log_step(evaluate=True)
             while state.step < total:
                 started = time.perf_counter()
-                batches = prefetcher.next(self.stop.requested)
-                num_targets, num_valid = self._agree(batches)
-                assert batches is not None
-                if dry_batch:
+                batches, num_targets, num_valid = self._next(prefetcher)
+                if state.step == first_step and self.config.train.dry_batch:
                     self._dry_batch(batches[0])
-                    dry_batch, started = False, time.perf_counter()
+                    started = time.perf_counter()
                 metrics = self.train_step(batches, num_targets, num_valid)
                 self.data_state = prefetcher.state_dict()
                 self.meter.add(num_valid, time.perf_counter() - started)
                 self._after_step(metrics)
-            self.save()
         except Stopped:
             self.save()
             raise
+        except BadData:
+            if state.step > first_step:
+                self.save()
+            raise
         finally:
             prefetcher.close()
+        self.save()
 
     def train_step(self, batches: list[TokenBatch], num_targets: int, num_valid: int) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches.
@@ -301,23 +252,29 @@ class Trainer:
         return metrics
 
     def _after_step(self, metrics: dict[str, float]) -> None:
-        """Log, save, evaluate: whatever is due. The end of the run saves and evaluates in its own order."""
+        """Evaluate, log, save: whatever is due. The last step is saved before it is evaluated."""
         step, config = self.state.step, self.config
         last = step == config.train.steps
         self.checkpointer.poll()
-        if not last and self.checkpointer.due(step):
-            self.save()
         every = config.evaluation.every_steps
-        evaluation_due = not last and every > 0 and step % every == 0
-        if evaluation_due:
-            metrics.update(self.evaluate())
-        if evaluation_due or config.tracking.log_due(step, config.train.steps):
-            metrics.update(self.meter.take())
+        evaluate = last or (every > 0 and step % every == 0)
+        if evaluate or config.tracking.log_due(step, config.train.steps):
+            metrics |= self.meter.take()
             metrics["memory/peak_GiB"] = peak_memory_bytes(self.engine.device) / 2**30
-            if last:
-                self.last_metrics = metrics
-            else:
-                self.tracker.log(step, self.state.tokens, metrics)
+            self.unlogged = metrics
+        if last:
+            return
+        if self.unlogged:
+            self.log_step(evaluate)
+        if self.checkpointer.due(step):
+            self.save()
+
+    def log_step(self, evaluate: bool) -> dict[str, float]:
+        """Write the line of the current step; returns what the evaluation found."""
+        validation = self.evaluate() if evaluate else {}
+        self.tracker.log(self.state.step, self.state.tokens, {**self.unlogged, **validation})
+        self.unlogged = {}
+        return validation
 
     def _dry_batch(self, batch: TokenBatch) -> None:
         """Forward and backward without any effect but memory, so that a lack of it shows before step 1."""
@@ -326,7 +283,7 @@ class Trainer:
         engine.forward_backward([batch.to(engine.device)], self.state.step, 1, 1)
         engine.previous_count_LE = before
         engine.zero_grad()
-        self._agree_to_stop()
+        self._sum()
 
     def _nonfinite(self, loss: float, norm: float, batches: list[TokenBatch]) -> None:
         state = self.state
@@ -344,20 +301,33 @@ class Trainer:
 
     # -- agreement -----------------------------------------------------------------------------------------------
 
-    def _agree(self, batches: list[TokenBatch] | None) -> tuple[int, int]:
-        """Sum targets and valid tokens of the global batch, and stop together if any rank was asked to."""
-        mine = batches or []
-        stop = float(batches is None or self.stop.requested())
-        counts = torch.tensor(
-            [stop, sum(b.num_targets for b in mine), sum(b.num_valid for b in mine)], dtype=torch.float64
-        )
-        dist.all_reduce(counts)
-        if counts[0] > 0:
-            raise Stopped
-        return int(counts[1]), int(counts[2])
+    def _next(self, prefetcher: Prefetcher) -> tuple[list[TokenBatch], int, int]:
+        """This rank's micro-batches of the next step; targets and valid tokens of the global batch.
 
-    def _agree_to_stop(self) -> None:
-        self._agree([])
+        Raises on all ranks: Stopped if any of them was asked to stop, BadData if any could not read its part.
+        """
+        batches: list[TokenBatch] | None = None
+        error: Exception | None = None
+        try:
+            batches = prefetcher.next(self.stop.requested)
+        except (ValueError, OSError) as found:
+            error = found
+        mine = batches or []
+        targets, valid, failed = self._sum(
+            sum(b.num_targets for b in mine), sum(b.num_valid for b in mine), error is not None
+        )
+        if failed:
+            raise BadData(launch.first_text(error))
+        assert batches is not None
+        return batches, targets, valid
+
+    def _sum(self, *numbers: int) -> list[int]:
+        """Sums over all ranks. Raises Stopped on all of them if any was asked to stop."""
+        totals = torch.tensor([*numbers, self.stop.requested()], dtype=torch.float64)
+        dist.all_reduce(totals)
+        if totals[-1] > 0:
+            raise Stopped
+        return [int(total) for total in totals[:-1]]
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -372,21 +342,19 @@ class Trainer:
             "step": state.step,
             "tokens": state.tokens,
             "data": merge_states(states),
-            "tracking": self.tracker.state(state.step),
+            "tracking": self.tracker.state(state.step - 1 if self.unlogged else state.step),
+            "unlogged": self.unlogged,
             "previous_count": engine.previous_count_LE,
-            "last_metrics": self.last_metrics,
         }
         self.checkpointer.save(state.step, engine.model, engine.optimizer, extra, self.identity, tokens=state.tokens)
         self._saved_step = state.step
 
     def restore(self, extra: dict[str, Any]) -> None:
-        """Continue from what `save` kept besides model and optimizer."""
+        """Continue from what `save` kept besides model, optimizer and the place in the data."""
         self.state = TrainState(step=extra["step"], tokens=extra["tokens"])
         self._saved_step = self.state.step
-        self.last_metrics = extra["last_metrics"] if self.state.step == self.config.train.steps else {}
+        self.unlogged = extra["unlogged"]
         self.engine.previous_count_LE = extra["previous_count"].to(self.engine.device)
-        self.data.load_state_dict(extra["data"])
-        self.data_state = self.data.state_dict()
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
@@ -405,7 +373,7 @@ class Trainer:
     def _domain_loss(self, domain: str) -> tuple[float, int]:
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in self.validation.batches(domain, self.rank, self.world, self.micro_batch_sequences):
-            self._agree_to_stop()
+            self._sum()
             part: StepSums = self.engine.evaluate(batch.to(self.engine.device))
             sums += torch.tensor([float(part.cross_entropy), batch.num_targets], dtype=torch.float64)
         dist.all_reduce(sums)
@@ -416,11 +384,3 @@ class Trainer:
             count_LE = totals.count_LE.cpu()
             load_LE = count_LE / count_LE.mean(-1, keepdim=True).clamp(min=1e-30)
             self.tracker.image(self.state.step, "experts/load", load_LE.tolist())
-
-
-def peak_memory_bytes(device: torch.device) -> float:
-    """Most memory in use so far: allocated on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,4 +1,4 @@
-"""What all tests share: the parity table that is printed at the end, and a count of GPU tests that did not run."""
+"""What all tests share: the tables that are printed at the end, and a count of GPU tests that did not run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-_ROWS: list[tuple[str, ...]] = []
+_PARITY_HEAD = (
+    "parity with one process", "tier", "ranks", "ep", "shard", "recompute", "micro", "worst gradient", "allowed"
+)  # fmt: skip
+_PLAN_HEAD = (
+    "built, sharded and run on fake ranks", "ranks", "rank", "ep", "shard", "recompute", "micro-batch", "M weights",
+    "of this rank", "estimated GiB", "peak GiB", "seconds",
+)  # fmt: skip
+_TABLES: dict[tuple[str, ...], list[tuple[str, ...]]] = {_PARITY_HEAD: [], _PLAN_HEAD: []}
 
 
 @pytest.fixture(scope="session")
@@ -23,10 +30,32 @@ def parity_table():
             case.name, tier, str(case.world), str(case.ep), str(case.shard or case.world), case.recompute,
             str(case.micro_batches), f"{worst:.1e}", f"{tolerance:.0e}",
         )  # fmt: skip
-        if row not in _ROWS:
-            _ROWS.append(row)
+        if row not in _TABLES[_PARITY_HEAD]:
+            _TABLES[_PARITY_HEAD].append(row)
 
     return record
+
+
+@pytest.fixture(scope="session")
+def plan_table():
+    """Call with a row of the table of planned configs."""
+    return _TABLES[_PLAN_HEAD].append
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory):
+    """A few documents, tokenized once for all runs."""
+    from tests.runs import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def runner(tmp_path, small_corpus):
+    """Starts train.py in folders of this test."""
+    from tests.runs import Runner
+
+    return Runner(tmp_path, small_corpus)
 
 
 def pytest_collection_modifyitems(items):
@@ -39,20 +68,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not _ROWS:
-        return
-    head = (
-        "parity with one process",
-        "tier",
-        "ranks",
-        "ep",
-        "shard",
-        "recompute",
-        "micro",
-        "worst gradient",
-        "allowed",
-    )
-    widths = [max(len(row[i]) for row in [head, *_ROWS]) for i in range(len(head))]
-    terminalreporter.section("parity")
-    for row in [head, *_ROWS]:
-        terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    for head, rows in _TABLES.items():
+        if rows:
+            terminalreporter.section(head[0])
+            widths = [max(len(cell) for cell in column) for column in zip(head, *rows)]
+            for row in (head, *rows):
+                terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
