@@ -299,7 +299,7 @@ def explain(error: Exception, arguments: list[str]) -> list[str]:
     if given := re.match(r"Error merging override (.+)", text):
         return [f"{given.group(1)}: {_one_line(details)}; `--help` lists types and choices"]
     if isinstance(error, OverrideParseException):
-        return [f"{_one_line(text)}; give options as name=value and groups as group=choice"]
+        return [f"{_one_line(text)}; give options as name=value, special characters in quotes"]
     subject = f"{key.group(1) if key else ''}{where}".strip()
     return [f"{subject}: {_one_line(details)}" if subject else _one_line(details)]
 

@@ -42,7 +42,7 @@ class TrackingConfig:
     """W&B tags."""
     log_every_steps: int = 10
     """Optimizer steps between lines in metrics.jsonl, W&B and the console; the first and last always log."""
-    heatmap_every_steps: int = 500
+    heatmap_every_steps: int = 100
     """Optimizer steps between pictures of the load of every expert in every layer; 0 = none."""
     init_timeout_seconds: float = 20.0
     """How long the start waits for the W&B server before the run goes offline."""

@@ -41,7 +41,7 @@ class Nonfinite(str, Enum):
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    steps: int = 600
+    steps: int = 300
     """Optimizer steps of the whole run."""
     sequence_tokens: int = 256
     """Tokens of one packed sequence."""
@@ -94,7 +94,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    every_steps: int = 200
+    every_steps: int = 100
     """Evaluate every so many steps, and always at the end; 0 evaluates at the end only."""
     sample_tokens: int = 96
     """Tokens of generated text at the end; 0 writes none."""

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
+
 from moe_data.prepare import bpe_trainer
 from moe_data.tokenizers import build_tokenizer
-
 from moe_parallel import launch
 from moe_parallel.checkpoint.checkpointer import Checkpointer
 from moe_parallel.checkpoint.folder import CheckpointError

@@ -6,8 +6,8 @@ Counted: without a GPU they show as skipped, with the reason.
 import pytest
 import torch
 import torch.distributed as dist
-from moe_kernels.expert_mlp import GroupedMatmul, choose_grouped_matmul, expert_mlp, expert_mlp_reference
 
+from moe_kernels.expert_mlp import GroupedMatmul, choose_grouped_matmul, expert_mlp, expert_mlp_reference
 from tests.parity.cases import OPTIM, Case
 
 pytestmark = pytest.mark.gpu

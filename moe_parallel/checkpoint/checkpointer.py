@@ -57,9 +57,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
-            raise ValueError(
-                f"checkpoint.every_steps={self.every_steps} must be at least 0 (0 = only at the end)"
-            )
+            raise ValueError(f"checkpoint.every_steps={self.every_steps} must be at least 0 (0 = only at the end)")
         if self.keep_last < 1:
             raise ValueError(f"checkpoint.keep_last={self.keep_last} must be at least 1")
 
@@ -312,9 +310,7 @@ class Checkpointer:
 
     def _explain(self, step: int, error: CheckpointException) -> str:
         rank, (cause, _) = next(iter(error.failures.items()))
-        full = [
-            e for e, _ in error.failures.values() if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        ]
+        full = [e for e, _ in error.failures.values() if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT)]
         free = shutil.disk_usage(self.folder).free
         if full:
             return (

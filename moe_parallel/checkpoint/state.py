@@ -31,9 +31,7 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     # Through state_dict rather than named_parameters: its hooks put gathered parameters back into shards.
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
-            raise CheckpointError(
-                f"{name} is a {type(tensor).__name__}; only tensors can be saved with a model"
-            )
+            raise CheckpointError(f"{name} is a {type(tensor).__name__}; only tensors can be saved with a model")
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")
         if id(tensor) not in seen:
@@ -59,9 +57,7 @@ def optimizer_state(optimizer: Optimizer, model: dict[str, Tensor]) -> dict[str,
     return state
 
 
-def empty_optimizer_state(
-    optimizer: Optimizer, model: dict[str, Tensor], metadata: Metadata
-) -> dict[str, Tensor]:
+def empty_optimizer_state(optimizer: Optimizer, model: dict[str, Tensor], metadata: Metadata) -> dict[str, Tensor]:
     """Zeros for every `optimizer.` entry of a checkpoint, laid out as this run's parameters are.
 
     Raises:
@@ -158,8 +154,7 @@ def split_extra(extra: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         if value is None or type(value) in (str, int, float, bool):
             return value
         raise CheckpointError(
-            f"extra state {path} is a {type(value).__name__}; "
-            "use dicts, lists, numbers, strings, None or tensors"
+            f"extra state {path} is a {type(value).__name__}; use dicts, lists, numbers, strings, None or tensors"
         )
 
     return plain(extra, ""), tensors

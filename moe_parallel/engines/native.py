@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from moe_data.batch import TokenBatch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from moe_data.batch import TokenBatch
 from moe_parallel.collectives import sum_over
 from moe_parallel.mesh import ParallelConfig, ParallelMesh, Recompute
+from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.initialize import InitConfig, init_weights
 from moe_parallel.model.loss import token_loss_sum
-from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.transformer import Transformer
 from moe_parallel.moe.balance import GlobalEstimator, bias_step
 from moe_parallel.moe.dispatch.all_to_all import AllToAllDispatcher

@@ -6,8 +6,9 @@ import math
 from enum import Enum
 
 import torch
-from moe_kernels.permute import invert_permutation
 from torch import Tensor
+
+from moe_kernels.permute import invert_permutation
 
 
 class DropOrder(str, Enum):

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from moe_kernels.expert_mlp import expert_mlp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from moe_kernels.expert_mlp import expert_mlp
 
 
 def local_tensor(parameter: Tensor) -> Tensor:

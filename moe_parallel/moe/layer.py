@@ -27,7 +27,7 @@ class MoEConfig:
     shared_expert_gate: bool = False
     """Scale the shared experts' output by a learned sigmoid gate per token (Qwen2-MoE)."""
     capacity_factor: float | None = None
-    """Limit an expert to ceil(factor * tokens * top_k / experts) slots of each rank's micro-batch; null drops nothing."""
+    """Limit an expert to ceil(factor * tokens * top_k / experts) slots of a rank's micro-batch; null drops nothing."""
     drop_order: DropOrder = DropOrder.position
     """Which slots go first where an expert is over its capacity."""
     renormalize_after_drop: bool = False

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from moe_data.batch import TokenBatch
 from moe_kernels.permute import invert_permutation, sort_slots
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -206,9 +206,7 @@ def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_00000004"]
 
 
-def test_no_disk_space_is_said_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_disk_space_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch: a disk filled to the brim by a checkpoint that cannot fit."""
     save(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)

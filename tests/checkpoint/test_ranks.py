@@ -169,9 +169,7 @@ def test_background_save_ends_at_the_same_poll_on_all_ranks(
 
 
 @pytest.mark.parametrize("kind", ["error", "background error"])
-def test_a_full_disk_on_one_rank_is_an_error_on_all(
-    written: tuple[Path, list[dict[str, Any]]], kind: str
-) -> None:
+def test_a_full_disk_on_one_rank_is_an_error_on_all(written: tuple[Path, list[dict[str, Any]]], kind: str) -> None:
     """Would catch: a rank that goes on alone; a failed save that takes the earlier checkpoint with it."""
     for seen in written[1]:
         assert "no space left" in seen[kind]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moe_kernels.expert_mlp import GroupedMatmul, choose_grouped_matmul, expert_mlp, expert_mlp_reference
 
 

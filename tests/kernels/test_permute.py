@@ -3,6 +3,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moe_kernels.permute import chunk_order, combine_rows, gather_rows, invert_permutation, sort_slots
 
 

@@ -85,7 +85,7 @@ def test_equals_a_loop_with_all_gradients(moe, router):
 
 
 def test_a_dense_network_cut_into_experts():
-    """A SwiGLU network split by width into E experts, all taken with weight 1, is that network (oracle of fine grain)."""
+    """A SwiGLU network split by width into E experts, all taken with weight 1, is that network."""
     dense = SwiGLU(DIM, 30).double()
     layer = make_layer({"num_shared_experts": 0}, {"top_k": 6, "normalize": True, "route_scale": 6.0})
     gate, up = dense.gate_up.weight.chunk(2)

@@ -33,7 +33,7 @@ X = torch.randn(32, 16, dtype=torch.float64, generator=torch.Generator().manual_
 def test_plain_softmax_weights_are_the_scores():
     """DeepSeekMoE, V2 and OLMoE do not renormalize; doing so silently is another method."""
     router = make_router(top_k=3)
-    score, expert, weight = route(router, X)
+    _, expert, weight = route(router, X)
     wanted, chosen = torch.softmax(X @ router.weight.T, -1).sort(descending=True)
     assert torch.equal(expert, chosen[:, :3])
     torch.testing.assert_close(weight, wanted[:, :3], rtol=1e-14, atol=0)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from moe_data.batch import TokenBatch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moe_data.batch import TokenBatch
 from moe_parallel.engines.native import NativeEngine, moe_layers
 from moe_parallel.mesh import ParallelConfig, ParallelMesh, Recompute, make_layout
 from moe_parallel.model.architecture import Architecture, ModelConfig

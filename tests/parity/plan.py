@@ -1,4 +1,4 @@
-"""One rank of a run of any size, without memory: a fake process group instead of ranks, fake tensors instead of numbers.
+"""One rank of a run of any size, without memory: a fake process group for its ranks, fake tensors for its numbers.
 
 Shapes, types, sharding, autograd, FSDP and the optimizer are the real ones; collectives return at once. A fake tensor
 has no value, so a step that waits for the device fails here. Call `run` in a process without another process group.
@@ -7,6 +7,7 @@ has no value, so a step that waits for the device fails here. Call `run` in a pr
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ from moe_parallel.engines.native import NativeEngine
 from moe_parallel.mesh import Layout, ParallelMesh
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+DEEP = 32
+"""Models of more layers run one micro-batch, to save time; others two at most: the first, which waits, and the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +127,12 @@ def run(plan: Plan) -> Planned:
             torch.device("cpu"),
             torch.bfloat16,
         )
-        rows, count = balanced_rows(config, ranks), min(config.train.micro_batches(ranks)[0], 2)
+        rows, accumulated = balanced_rows(config, ranks), config.train.micro_batches(ranks)[0]
+        count = min(accumulated, 1 if config.model.num_layers > DEEP else 2)
         if plan.step:
             weights = _step(engine, config, rows, count)
+            if count == 1 < accumulated:  # later micro-batches find the gradients of earlier ones
+                engine.without_memory.measured_bytes += 4 * sum(math.prod(weight.local) for weight in weights)
         else:
             weights = [_weight(engine, name) for name, _ in engine.model.named_parameters()]
     finally:
@@ -148,7 +154,8 @@ def _step(engine: PlannedEngine, config: options.Config, rows: int, count: int) 
     length, ranks = config.train.sequence_tokens, engine.mesh.layout.ranks
     tokens = count * rows * length * ranks
     # What a GPU chooses for bf16; its check of alignment is part of the fake kernel.
-    on_gpu = mock.patch.object(expert_mlp, "choose_grouped_matmul", lambda *_: expert_mlp.GroupedMatmul.grouped_mm)
+    grouped = expert_mlp.GroupedMatmul.grouped_mm
+    on_gpu = mock.patch.object(expert_mlp, "choose_grouped_matmul", return_value=grouped)
     seen = engine.without_memory
     with seen.measuring(), on_gpu:
         sums, _ = engine.forward_backward([_batch(rows, length) for _ in range(count)], 0, tokens, tokens)

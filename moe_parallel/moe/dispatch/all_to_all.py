@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from moe_kernels.permute import chunk_order, combine_rows, gather_rows, invert_permutation
 from torch import Tensor
 
+from moe_kernels.permute import chunk_order, combine_rows, gather_rows, invert_permutation
 from moe_parallel.collectives import all_to_all_rows, exchange_counts
 from moe_parallel.moe.routing import LayerContext, Routing
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_kernels.permute import combine_rows, gather_rows
 from torch import Tensor
 
+from moe_kernels.permute import combine_rows, gather_rows
 from moe_parallel.moe.routing import LayerContext, Routing
 
 

@@ -32,7 +32,7 @@ class RouterConfig:
     score: Score = Score.softmax
     """How logits become scores."""
     normalize: bool = False
-    """Divide the weights of the chosen experts by their sum (Mixtral, Qwen3, DeepSeek-V3: yes; DeepSeekMoE, OLMoE: no)."""
+    """Divide the weights of the chosen by their sum (yes: Mixtral, Qwen3, DeepSeek-V3; no: DeepSeekMoE, OLMoE)."""
     route_scale: float = 1.0
     """Factor on the weights of the routed experts, after normalization (2.5 in DeepSeek-V3)."""
     num_groups: int = 1
