@@ -277,10 +277,8 @@ def main() -> None:
         for ranks in (1, 2):
             rows.append(compare(ranks, shape, 4 if arguments.quick else arguments.steps, arguments.quick))
             print(json.dumps(rows[-1]), flush=True)
-    facts = (
-        f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}; `python benchmarks/against_transformers.py`"
-    )
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    facts = f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, {versions}; `make bench`"
     shapes = "\n".join(
         f"- {s.name}: " + ", ".join(f"{k} {v}" for k, v in asdict(s).items() if k != "name") for s in SHAPES
     )

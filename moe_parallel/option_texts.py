@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import sys
 import textwrap
 import typing
 from collections.abc import Iterable
@@ -110,11 +111,7 @@ def _field_texts(kind: type) -> dict[str, str]:
     """The string under each field, base classes first."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError):
-            continue
-        body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+        body = _classes(base.__module__).get(base.__name__, [])
         for before, after in pairwise(body):
             target: ast.expr | None = before.target if isinstance(before, ast.AnnAssign) else None
             if isinstance(before, ast.Assign):
@@ -123,6 +120,16 @@ def _field_texts(kind: type) -> dict[str, str]:
             if isinstance(target, ast.Name) and isinstance(text, str):
                 texts[target.id] = " ".join(text.split())
     return texts
+
+
+@cache
+def _classes(module: str) -> dict[str, list[ast.stmt]]:
+    """Bodies of a module's classes: each file is parsed once, however many classes it has."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError):  # not written in Python
+        return {}
+    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def help_text(root: type, config_folders: list[Path]) -> str:

@@ -186,10 +186,12 @@ class _Run:
         return REQUEUE
 
     def _refuse_to_overwrite(self) -> None:
-        """With resume=never there must be no checkpoints of an earlier run."""
-        if self.config.resume == "never" and any(self.folder.checkpoints.glob("step_*")):
+        """Only a run that goes on from them may write beside checkpoints, and prune them."""
+        resume, mine = self.config.resume, self.folder.checkpoints
+        goes_on = resume == "auto" or (resume != "never" and mine.resolve() in Path(resume).resolve().parents)
+        if not goes_on and any(mine.glob("step_*")):
             raise ConfigError([
-                f"resume=never, but {self.folder.path} has checkpoints already; resume=auto continues it, "
+                f"resume={resume}, but {self.folder.path} has checkpoints already; resume=auto continues it, "
                 "another run.name starts beside it"
             ])  # fmt: skip
 

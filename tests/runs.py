@@ -96,13 +96,20 @@ class Runner:
         ]
 
     def start(
-        self, name: str, *overrides: str, ranks: int = 1, patch: str = "", env: dict[str, str] | None = None
+        self,
+        name: str,
+        *overrides: str,
+        ranks: int = 1,
+        patch: str = "",
+        env: dict[str, str] | None = None,
+        store: dist.TCPStore | None = None,
     ) -> Running:
         """Start a run called `name`.
 
         Args:
             patch: Python that each rank executes before train.py; it may use RANK.
             env: put into the environment.
+            store: where ranks meet, of an earlier start; by default a new one.
         """
         self._count += 1
         logs = self._folder / f"logs_{self._count}"
@@ -111,10 +118,9 @@ class Runner:
             (logs / f"out_{rank}").touch()
             (logs / f"err_{rank}").touch()
         arguments = self.arguments(f"run.name={name}", *overrides)
-        store = None
         environments = [dict(env or {}) for _ in range(ranks)]
         if ranks > 1:
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            store = store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             for rank, environment in enumerate(environments):
                 environment |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}

@@ -201,20 +201,22 @@ def test_checkpoints_that_do_not_fit(runner: Runner) -> None:
     checkpoint loaded into another model or onto other data.
     """
     good = runner.run("run", "train.steps=6", "checkpoint.every_steps=3")
+    other = runner.run("other", "train.steps=1")
     before = fingerprint(good.folder)
     more = ("train.steps=12", "resume=auto")
     for overrides, fragment in (
         (("resume=never",), "has checkpoints already; resume=auto continues it, another run.name starts beside it"),
+        ((f"resume={other.folder}/checkpoints/step_00000001",), "has checkpoints already; resume=auto continues it"),
         ((*more, "moe.expert_dim=48"), "is a checkpoint of another model: moe.expert_dim: 32 in the checkpoint, 48"),
         ((*more, "train.global_batch_tokens=512"), "global_batch_sequences=8, this run has 16"),
         ((*more, "train.seed=2"), "seed=1, this run has 2"),
-        ((f"resume={good.folder}",), f"is not a checkpoint; did you mean {good.folder}/checkpoints/step_00000006?"),
+        ((f"resume={other.folder}", "run.name=new"), "is not a checkpoint; did you mean "),
     ):
         refused(runner.run("run", *overrides, codes=2), fragment)
         assert fingerprint(good.folder) == before, overrides
     newest = good.folder / "checkpoints/step_00000006"
     (newest / "__0_0.distcp").write_bytes(b"")
-    refused(runner.run("other", f"resume={newest}", codes=2), "is damaged: __0_0.distcp has 0 bytes")
+    refused(runner.run("new", f"resume={newest}", codes=2), "is damaged: __0_0.distcp has 0 bytes")
     running = runner.run("run", *more)
     assert "skipping a checkpoint" in running.err
     assert "step_00000003 at step 3" in running.err

@@ -15,8 +15,8 @@ from tests.runs import KILL, TERM, Runner, at_step, checkpoints, curve, rows
 
 LOOK_AHEAD = ("balance=global", "train.micro_batch_sequences=2")
 """Four micro-batches in a process, two on each of two ranks: counts of the step before are part of the state."""
-LOSS_FREE = ("balance=loss_free", "balance.bias_rate=0.05")
-"""A bias that moves routing within these few steps."""
+LOSS_FREE = ("balance=loss_free", "balance.bias_rate=0.05", "data.sources.0.streaming=true")
+"""A bias that moves routing within these few steps, and a source whose place is a state of its own."""
 SCHEDULE = ("evaluation.every_steps=4", "checkpoint.every_steps=3")
 
 
@@ -55,6 +55,20 @@ def test_killed_and_resumed_is_the_same_run(runner: Runner, ranks: int, ep: int)
     assert not list(resumed.folder.glob("checkpoints/.step*")), "what the kill left behind is gone"
 
 
+def test_restarted_by_the_launcher(runner: Runner) -> None:
+    """Would catch: ranks that torchrun starts again after a crash (--max-restarts), with the store of the first
+    attempt, and that look for each other under the addresses of the dead. No tolerance: the run goes on.
+    """
+    options = ("checkpoint.every_steps=3", "checkpoint.asynchronous=false", "parallel.ep=2", "resume=auto")
+    crash = at_step(7, f"if RANK: {KILL}")
+    first = runner.start("run", *options, ranks=2, patch=crash, env={"TORCHELASTIC_RESTART_COUNT": "0"})
+    assert first.finish()[1] == -9
+    again = runner.run("run", *options, ranks=2, env={"TORCHELASTIC_RESTART_COUNT": "1"}, store=first.store)
+    assert "step_00000006 at step 6" in again.err
+    runner.run("whole", *options, ranks=2)
+    assert curve(again.folder) == curve(runner.runs / "whole")
+
+
 def worst_difference(one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]) -> float:
     """Relative, of losses, balance and gradient norms of all steps."""
     assert one.keys() == other.keys()
@@ -76,7 +90,8 @@ def test_resumed_on_another_topology_is_the_same_curve(runner: Runner, balance: 
     Tolerance: sums of float32 in another order differ by some 1e-7 relative, which a few steps do not amplify (worst
     measured: 2.2e-7, of a norm). Data in another order or lost moments change losses by 1e-3.
     """
-    options = (f"balance={balance}", *SCHEDULE, "balance.z_coefficient=0.001")
+    streaming = f"data.sources.0.streaming={str(balance == 'loss_free').lower()}"
+    options = (f"balance={balance}", *SCHEDULE, "balance.z_coefficient=0.001", streaming)
     runner.run("whole", *options, *ONE[1:])
     runner.run("cut", *options, "parallel.ep=2", *REPLICATED[3:], ranks=2, patch=at_step(5, TERM), codes=75)
     for number, (ranks, *layout) in enumerate(layouts):
