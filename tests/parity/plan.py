@@ -153,9 +153,7 @@ def balanced_rows(config: options.Config, ranks: int) -> int:
 def _step(engine: PlannedEngine, config: options.Config, rows: int, count: int) -> list[Weight]:
     length, ranks = config.train.sequence_tokens, engine.mesh.layout.ranks
     tokens = count * rows * length * ranks
-    # What a GPU chooses for bf16; its check of alignment is part of the fake kernel.
-    grouped = expert_mlp.GroupedMatmul.grouped_mm
-    on_gpu = mock.patch.object(expert_mlp, "choose_grouped_matmul", return_value=grouped)
+    on_gpu = mock.patch.object(expert_mlp, "choose_grouped_matmul", _choose_for_gpu)
     seen = engine.without_memory
     with seen.measuring(), on_gpu:
         sums, _ = engine.forward_backward([_batch(rows, length) for _ in range(count)], 0, tokens, tokens)
@@ -168,6 +166,11 @@ def _step(engine: PlannedEngine, config: options.Config, rows: int, count: int) 
     moments = [t for state in engine.optimizer.state.values() for t in state.values() if t.ndim > 0]
     seen.measured_bytes += sum(_local(t).nbytes for t in moments)
     return [_weight(engine, name, gradients.get(name)) for name, _ in engine.model.named_parameters()]
+
+
+def _choose_for_gpu(*operands: Tensor) -> expert_mlp.GroupedMatmul:
+    """What a GPU takes for bf16; alignment is checked by the fake kernel itself."""
+    return expert_mlp.GroupedMatmul.grouped_mm  # not a mock, which would keep its arguments alive
 
 
 def _batch(rows: int, length: int) -> TokenBatch:
