@@ -64,7 +64,7 @@ class Shape:
 
 
 SHAPES = (
-    Shape("small_cpu", 256, 4, 4, 16, 4, 128, 257, 256, 16),
+    Shape("small", 256, 4, 4, 16, 4, 128, 257, 256, 16),
     Shape("fine-grained", 512, 2, 8, 64, 8, 128, 4096, 512, 4),
     Shape("wide experts", 512, 2, 8, 8, 2, 1024, 4096, 512, 4),
 )
