@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 RANKS ?= 2
 ARGS ?=
 
-.PHONY: install train test parity bench check format help clean
+.PHONY: install train test parity bench bench-skew check format help clean
 
 help:
 	@echo "make install   create .venv with pinned dependencies"
@@ -17,6 +17,8 @@ help:
 	@echo "make test      the whole test suite, parity included"
 	@echo "make parity    only the parity suite; prints its table"
 	@echo "make bench     speed and memory against transformers, written to docs/benchmarks.md"
+	@echo "make bench-nodes  flat against two-hop exchange over a slow link between two nodes, in namespaces; as root"
+	@echo "make bench-skew   least-loaded dispatch under skewed loads, 4 processes   (ARGS=--write: into docs/benchmarks.md)"
 	@echo "make check     formatting, lint, types, spelling"
 	@echo "make format    format the code"
 
@@ -42,6 +44,12 @@ parity: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/against_transformers.py $(ARGS)
+
+bench-skew: $(READY)
+	$(BIN)/python benchmarks/skewed_load.py $(ARGS)
+
+bench-nodes: $(READY)
+	$(BIN)/python benchmarks/two_nodes.py $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -40,7 +40,7 @@ from moe_parallel.model.attention import GroupedQueryConfig, QKNorm
 from moe_parallel.model.initialize import InitConfig
 from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.layer import MoEConfig
-from moe_parallel.moe.routers.token_choice import RouterConfig
+from moe_parallel.moe.routers.token_choice import TokenChoiceConfig
 from moe_parallel.optim import OptimConfig
 
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -101,7 +101,7 @@ def our_step(shape: Shape) -> Callable[[int], float]:
         model=ModelConfig(dim=shape.dim, num_layers=shape.layers),
         attention=GroupedQueryConfig(num_heads=shape.heads, num_kv_heads=shape.heads, qk_norm=QKNorm.head),
         moe=MoEConfig(num_experts=shape.experts, expert_dim=shape.expert_dim, num_shared_experts=0),
-        router=RouterConfig(top_k=shape.top_k, normalize=True),
+        router=TokenChoiceConfig(top_k=shape.top_k, normalize=True),
         balance=BalanceConfig(),
         vocab_size=shape.vocabulary,
     )

@@ -131,6 +131,18 @@ class ParallelMesh:
         """The axis that experts are split over."""
         return self._expert["ep"]
 
+    def node_groups(self, ranks_per_node: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """The two groups that divide `ep` by nodes: across them, ranks of this one's place in each, and within its own.
+
+        `ep` is the innermost axis, so neighbors share a node. Every rank must call this; each call makes new groups.
+        """
+        layout = self.layout
+        shape = (layout.ranks // layout.ep, layout.ep // ranks_per_node, ranks_per_node)
+        nodes = init_device_mesh(
+            self._expert.device_type, shape, mesh_dim_names=("expert_copy", "across_nodes", "within_node")
+        )
+        return nodes.get_group("across_nodes"), nodes.get_group("within_node")
+
     @property
     def data_group(self) -> dist.ProcessGroup:
         """All ranks that see different tokens: all of them."""

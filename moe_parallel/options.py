@@ -33,8 +33,18 @@ from moe_parallel.model.attention import AttentionConfig, GroupedQueryConfig
 from moe_parallel.model.initialize import InitConfig
 from moe_parallel.model.latent_attention import LatentConfig
 from moe_parallel.moe.balance import BalanceConfig
+from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
+from moe_parallel.moe.dispatch.least_loaded import LeastLoadedConfig
+from moe_parallel.moe.dispatch.ticket import DispatchConfig
+from moe_parallel.moe.dispatch.two_hop import TwoHopConfig, node_size
 from moe_parallel.moe.layer import MoEConfig
-from moe_parallel.moe.routers.token_choice import RouterConfig
+from moe_parallel.moe.routers.bi_level import BiLevelConfig
+from moe_parallel.moe.routers.expert_choice import ExpertChoiceConfig
+from moe_parallel.moe.routers.hash import HashConfig
+from moe_parallel.moe.routers.plugin import PluginConfig
+from moe_parallel.moe.routers.random import RandomConfig
+from moe_parallel.moe.routers.router import BatchShape, RouterConfig
+from moe_parallel.moe.routers.token_choice import TokenChoiceConfig
 from moe_parallel.optim import OptimConfig
 from moe_parallel.option_texts import KINDS, Option, describe, did_you_mean
 from moe_parallel.tracking import TrackingConfig
@@ -54,7 +64,19 @@ class RunConfig:
     """Folder that run folders lie in."""
 
 
-ATTENTIONS = (GroupedQueryConfig, LatentConfig)
+ATTENTIONS = {"gqa": GroupedQueryConfig, "mla": LatentConfig}
+ROUTERS = {
+    "token_choice": TokenChoiceConfig,
+    "expert_choice": ExpertChoiceConfig,
+    "bi_level": BiLevelConfig,
+    "random": RandomConfig,
+    "hash": HashConfig,
+    "plugin": PluginConfig,
+}
+DISPATCHES = {"all_to_all": AllToAllConfig, "two_hop": TwoHopConfig, "least_loaded": LeastLoadedConfig}
+GROUPS_OF_KINDS: dict[str, dict[str, type]] = {"attention": ATTENTIONS, "router": ROUTERS, "dispatch": DISPATCHES}
+"""Sections whose options depend on the choice of their group: a dataclass for each kind. No two kinds of a section have
+the same names of options: a saved configuration is told apart by them."""
 
 
 @plain_dataclass
@@ -62,10 +84,11 @@ class Config:
     """The whole configuration. Top-level keys are also the names of Hydra's groups."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    attention: AttentionConfig = dataclasses.field(default=MISSING, metadata={KINDS: ATTENTIONS})
+    attention: AttentionConfig = dataclasses.field(default=MISSING, metadata={KINDS: tuple(ATTENTIONS.values())})
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
-    router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
+    router: RouterConfig = dataclasses.field(default=MISSING, metadata={KINDS: tuple(ROUTERS.values())})
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
+    dispatch: DispatchConfig = dataclasses.field(default=MISSING, metadata={KINDS: tuple(DISPATCHES.values())})
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -94,8 +117,9 @@ def register() -> None:
     """Tell Hydra the schema, so that names and types are checked while it composes."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    store.store(group="attention", name="gqa_schema", node=GroupedQueryConfig)
-    store.store(group="attention", name="mla_schema", node=LatentConfig)
+    for group, kinds in GROUPS_OF_KINDS.items():
+        for name, kind in kinds.items():
+            store.store(group=group, name=f"{name}_schema", node=kind)
 
 
 # -- composed config -> dataclasses --------------------------------------------------------------------------------
@@ -173,8 +197,11 @@ def check(config: Config, ranks: int) -> Layout:
     attempt(lambda: architecture(config, None if config.model.vocab_size else 1))  # the tokenizer is not known yet
     if layout is not None:
         problems += _expert_problems(config, layout)
+        attempt(lambda: _check_dispatch(config.dispatch, layout))
     if batches is not None:
         problems += _batch_problems(config, batches[1])
+        shape = BatchShape(ranks, *batches, config.train.sequence_tokens)
+        attempt(lambda: config.router.check_batch(shape, config.moe.num_experts))
     if layout is None or problems:
         raise ConfigError(problems)
     return layout
@@ -196,19 +223,22 @@ def _expert_problems(config: Config, layout: Layout) -> list[str]:
     return problems
 
 
+def _check_dispatch(dispatch: DispatchConfig, layout: Layout) -> None:
+    if isinstance(dispatch, TwoHopConfig):
+        node_size(dispatch, layout.ep)
+    elif isinstance(dispatch, LeastLoadedConfig) and layout.ep == 1:
+        raise ValueError(
+            "dispatch=least_loaded moves work between ranks of parallel.ep=1; raise it, or choose all_to_all"
+        )
+
+
 def _batch_problems(config: Config, micro_batch_sequences: int) -> list[str]:
     tokens, limit = config.train.sequence_tokens, config.model.max_sequence_tokens
-    slots = micro_batch_sequences * tokens * config.router.top_k
     problems = []
     if limit is not None and tokens > limit:
         problems.append(
             f"train.sequence_tokens={tokens} is more than model.max_sequence_tokens={limit}; shorten the sequence, or "
             "raise the limit"
-        )
-    if config.router.forced_balance and slots % config.moe.num_experts != 0:
-        problems.append(
-            f"router.forced_balance=true deals {slots} slots of a micro-batch to moe.num_experts="
-            f"{config.moe.num_experts} experts, which is uneven; change train.micro_batch_sequences"
         )
     return problems
 
@@ -234,8 +264,11 @@ def load_config(path: Path) -> Config:
     saved = OmegaConf.load(path)
     assert isinstance(saved, DictConfig)
     schema = OmegaConf.structured(Config)
-    # The file does not say which kind of attention its options are of; only one kind has them all.
-    schema.attention = OmegaConf.structured(next(k for k in ATTENTIONS if _field_names(k) == set(saved.attention)))
+    for group, kinds in GROUPS_OF_KINDS.items():  # the file does not say which kind: only one has these names
+        kind = next((k for k in kinds.values() if _field_names(k) == set(saved[group])), None)
+        if kind is None:
+            raise ConfigError([f"{path}: no kind of {group} has the options {sorted(saved[group])}; an older version?"])
+        schema[group] = OmegaConf.structured(kind)
     merged = OmegaConf.merge(schema, saved)
     assert isinstance(merged, DictConfig)
     return to_config(merged)
@@ -309,6 +342,7 @@ def _unknown_names(arguments: list[str]) -> list[str]:
     known = {re.sub(r"\[\]", "", option.name) for option in options()} | _field_names(Config)
     given = [match.group(1) for a in arguments if (match := re.match(r"\+{0,2}([\w.]+)=", a))]
     names = [name for name in given if not name.startswith("hydra.")]
+    names = [name for name in names if not name.startswith("router.options.")]  # a plugin's own
     return [_unknown_option(name) for name in names if re.sub(r"\.\d+(?=\.|$)", "", name) not in known]
 
 

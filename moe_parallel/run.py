@@ -134,7 +134,16 @@ class _Run:
         shape = architecture(config, tokenizer.vocab_size)
         identity = plain_architecture(shape)
         mesh, dtype = ParallelMesh(self.layout, here.device.type), self._dtype()
-        engine = NativeEngine(shape, mesh, config.parallel, config.optim, here.device, dtype)
+        engine = NativeEngine(
+            shape,
+            mesh,
+            config.parallel,
+            config.optim,
+            here.device,
+            dtype,
+            dispatch=config.dispatch,
+            seed=config.train.seed,
+        )
         extra: dict[str, Any] | None = None
         if path is None:
             engine.init_weights(config.init, config.train.seed)

@@ -29,6 +29,10 @@ class StepSums:
     dropped_L: Tensor
     count_LE: Tensor
     """Slots per expert before drops."""
+    observed_LE: Tensor
+    """Sum of what routers want averaged over the step."""
+    observations_L: Tensor
+    """How many of them were added."""
 
     @staticmethod
     def zeros(num_layers: int, num_experts: int, device: torch.device) -> StepSums:
@@ -45,6 +49,8 @@ class StepSums:
             entropy_L=zero(num_layers),
             dropped_L=zero(num_layers),
             count_LE=zero(num_layers, num_experts),
+            observed_LE=zero(num_layers, num_experts),
+            observations_L=zero(num_layers),
         )
 
     def add(self, cross_entropy: Tensor, stats: list[LayerStats]) -> None:
@@ -57,6 +63,9 @@ class StepSums:
             self.entropy_L[row] += layer.entropy
             self.dropped_L[row] += layer.dropped
             self.count_LE[row] += layer.count_E
+            if layer.observed_E is not None:
+                self.observed_LE[row] += layer.observed_E
+                self.observations_L[row] += 1
 
     def summed(self, group: dist.ProcessGroup | None) -> StepSums:
         """The same sums over all ranks of `group`, with one all-reduce."""
@@ -68,14 +77,16 @@ class StepSums:
         return StepSums(*[piece.view(part.shape) for piece, part in zip(pieces, parts)])
 
 
-def expert_metrics(sums: StepSums, num_valid: int, layer_names: list[int]) -> dict[str, float]:
+def expert_metrics(sums: StepSums, num_valid: int, names: list[str]) -> dict[str, float]:
     """What to log about the experts of one step, from sums over all ranks.
 
+    Args:
+        names: of the passes, such as layer_3 or layer_3/iteration_1.
     Returns:
         Names of the metrics contract. `max_over_mean` is the load of the fullest expert relative to the mean, the
         worst layer in `experts/max_over_mean`; `dead` counts experts of all layers that got no token.
     """
-    if not layer_names:
+    if not names:
         return {}
     count_LE = sums.count_LE.cpu()
     load_LE = normalized_counts(count_LE) * count_LE.shape[1]
@@ -88,6 +99,6 @@ def expert_metrics(sums: StepSums, num_valid: int, layer_names: list[int]) -> di
         "experts/dropped_percent": 100.0 * float(sums.dropped_L.sum()) / max(slots, 1.0),
         "experts/entropy_nats": float(sums.entropy_L.mean()) / num_valid,
     }
-    for layer, load_E in zip(layer_names, load_LE):
-        metrics[f"experts/layer_{layer}/max_over_mean"] = float(load_E.max())
+    for name, load_E in zip(names, load_LE):
+        metrics[f"experts/{name}/max_over_mean"] = float(load_E.max())
     return metrics

@@ -232,7 +232,7 @@ class Trainer:
         loss, norm_value = float(totals.cross_entropy) / num_targets, float(norm)
         if math.isfinite(loss) and math.isfinite(norm_value):
             engine.step(rate, norm)
-            engine.update_router_bias(totals.count_LE)
+            engine.update_routers(totals)
             state.skipped_in_a_row = 0
         else:
             engine.zero_grad()
@@ -244,7 +244,7 @@ class Trainer:
             "loss/total_nats": loss + float(totals.balance) / num_valid,
             "grad/norm": norm_value,
             "optim/learning_rate": rate,
-            **expert_metrics(totals, num_valid, [layer.layer for layer in engine.layers]),
+            **expert_metrics(totals, num_valid, engine.pass_names()),
         }
         if engine.architecture.balance.global_coefficient > 0 and engine.layers:
             metrics["balance/global_estimate_error"] = float(estimate_error)
@@ -279,9 +279,9 @@ class Trainer:
     def _dry_batch(self, batch: TokenBatch) -> None:
         """Forward and backward without any effect but memory, so that a lack of it shows before step 1."""
         engine = self.engine
-        before = engine.previous_count_LE
+        before = engine.previous_count_LIE
         engine.forward_backward([batch.to(engine.device)], self.state.step, 1, 1)
-        engine.previous_count_LE = before
+        engine.previous_count_LIE = before
         engine.zero_grad()
         self._sum()
 
@@ -344,7 +344,7 @@ class Trainer:
             "data": merge_states(states),
             "tracking": self.tracker.state(state.step - 1 if self.unlogged else state.step),
             "unlogged": self.unlogged,
-            "previous_count": engine.previous_count_LE,
+            "previous_count": engine.previous_count_LIE,
         }
         self.checkpointer.save(state.step, engine.model, engine.optimizer, extra, self.identity, tokens=state.tokens)
         self._saved_step = state.step
@@ -354,7 +354,9 @@ class Trainer:
         self.state = TrainState(step=extra["step"], tokens=extra["tokens"])
         self._saved_step = self.state.step
         self.unlogged = extra["unlogged"]
-        self.engine.previous_count_LE = extra["previous_count"].to(self.engine.device)
+        self.engine.previous_count_LIE = (
+            extra["previous_count"].to(self.engine.device).view_as(self.engine.previous_count_LIE)
+        )
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 

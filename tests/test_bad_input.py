@@ -23,7 +23,7 @@ COMMAND_LINE: list[tuple[list[str], list[str]]] = [
     (["+foo=1", "+moe.foo=2", "++train.step=3"], ["option foo;", "option moe.foo;", "step; did you mean train.steps"]),
     (["+data.sources.0.pathes=[x]"], ["unknown option data.sources.0.pathes; did you mean data.sources[].paths"]),
     (["model=tinny"], ["model=tinny: there is no such choice; did you mean tiny? choices: deepseek_v2_lite, "]),
-    (["experiment=mine"], ["experiment=mine: there is no such choice; choices: pretrain_deepseek"]),
+    (["experiment=mine"], ["experiment=mine: there is no such choice; choices: gshard, pretrain_deepseek"]),
     (["experiments=mine"], ["unknown option experiments; `--help` lists all, --config-dir adds groups of yours"]),
     (["train.steps=many"], ["train.steps=many: Value 'many' of type 'str' could not be converted to Integer"]),
     (["train.nonfinite=ignore"], ["train.nonfinite=ignore: Invalid value 'ignore', expected one of [stop, skip]"]),

@@ -31,6 +31,8 @@ FLOORS: dict[str, int] = {
     "moe_parallel.moe.routers": 2,
     "moe_parallel.moe.balance": 2,
     "moe_parallel.moe.capacity": 2,
+    "moe_parallel.moe.chain": 2,
+    "moe_parallel.moe.pool": 2,
     "moe_parallel.moe.experts": 2,
     # To the experts and back.
     "moe_parallel.moe.dispatch": 3,

@@ -80,7 +80,8 @@ def test_every_shipped_choice_composes(group: str) -> None:
     """Would catch: a YAML file with an option that is gone, a wrong type, or values that its own section refuses; a
     choice that changes nothing, or that leaves a key behind which no dataclass has.
     """
-    overrides = {"tokenizer=bpe": ["tokenizer.vocab_size=500"], "router=forced_balance": []}
+    plugin = f"router.plugin={ROOT}/examples/top_p_router.py:TopPConfig"
+    overrides = {"tokenizer=bpe": ["tokenizer.vocab_size=500"], "router=plugin": [plugin]}
     texts = []
     for path in sorted((CONFIGS / group).glob("*.yaml")):
         choice = f"{group}={path.stem}"
@@ -98,6 +99,7 @@ def test_a_choice_wins_over_the_model(model: str) -> None:
         for path in sorted((CONFIGS / group).glob("*.yaml")):
             chosen = OmegaConf.to_container(OmegaConf.load(path))
             assert isinstance(chosen, dict)
+            chosen.pop("defaults", None)
             config = options.plain(options.dataclasses.asdict(composed(f"model={model}", f"{group}={path.stem}")))
             assert {name: config[group][name] for name in chosen} == chosen, path.stem
 
@@ -162,7 +164,7 @@ def test_help_and_composed_configuration(runner: Runner) -> None:
     """
     shown = runner.run("run", "--help")
     assert shown.err == ""
-    for text in ("router.top_k=4  (int)\n      Experts per token.", "balance=data_parallel|", "stop: End the run with"):
+    for text in ("router.top_k=4  (int)\n      Experts per token,", "balance=data_parallel|", "stop: End the run with"):
         assert text in shown.out
     missing = [option.name for option in options.options() if f"  {option.name}=" not in shown.out]
     assert not missing

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -16,16 +17,20 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from moe_data.batch import TokenBatch
-from moe_parallel.collectives import sum_over
+from moe_parallel.collectives import gather_over, sum_over
 from moe_parallel.mesh import ParallelConfig, ParallelMesh, Recompute
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.initialize import InitConfig, init_weights
 from moe_parallel.model.loss import token_loss_sum
 from moe_parallel.model.transformer import Transformer
-from moe_parallel.moe.balance import GlobalEstimator, bias_step
-from moe_parallel.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_parallel.moe.balance import GlobalEstimator
+from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig, AllToAllDispatcher
+from moe_parallel.moe.dispatch.least_loaded import LeastLoadedConfig, LeastLoadedDispatcher
+from moe_parallel.moe.dispatch.ticket import DispatchConfig
+from moe_parallel.moe.dispatch.two_hop import TwoHopConfig, TwoHopDispatcher, node_size
 from moe_parallel.moe.experts import local_tensor
-from moe_parallel.moe.layer import MoELayer
+from moe_parallel.moe.layer import Dispatcher, MoELayer
+from moe_parallel.moe.routers.router import Router
 from moe_parallel.moe.routing import ForwardContext, normalized_counts
 from moe_parallel.optim import OptimConfig, build_optimizer, clip_gradients, global_gradient_norm
 from moe_parallel.statistics import StepSums
@@ -38,7 +43,9 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
-def parallelize(model: Transformer, mesh: ParallelMesh, config: ParallelConfig, dtype: torch.dtype) -> Transformer:
+def parallelize(
+    model: Transformer, mesh: ParallelMesh, config: ParallelConfig, dispatch: DispatchConfig, dtype: torch.dtype
+) -> Transformer:
     """Turn a model (best built on the meta device) into this rank's part of it.
 
     Order matters: experts are split before FSDP shards what is left of them, recompute is set on blocks before FSDP
@@ -49,7 +56,7 @@ def parallelize(model: Transformer, mesh: ParallelMesh, config: ParallelConfig, 
     """
     layout = mesh.layout
     if layout.ep > 1:
-        split_experts(model, mesh)
+        split_experts(model, mesh, dispatch)
         log.info("experts: %d of each layer on each of ep=%d ranks", _local_experts(model), layout.ep)
     if config.recompute is not Recompute.none:
         set_recompute(model, config.recompute)
@@ -68,15 +75,24 @@ def _local_experts(model: nn.Module) -> int:
     return local_tensor(layers[0].experts.gate_up).shape[0] if layers else 0
 
 
-def split_experts(model: Transformer, mesh: ParallelMesh) -> None:
+def split_experts(model: Transformer, mesh: ParallelMesh, dispatch: DispatchConfig) -> None:
     """Give each rank of `ep` its experts and each layer a dispatcher that reaches the others."""
-    group = mesh.ep.get_group()
+    dispatcher = make_dispatcher(dispatch, mesh)
     for layer in moe_layers(model):
         for name in ("gate_up", "down"):
             whole = getattr(layer.experts, name)
             part = distribute_tensor(whole.data, mesh.ep, [Shard(0)], src_data_rank=None)
             setattr(layer.experts, name, nn.Parameter(part, requires_grad=whole.requires_grad))
-        layer.dispatcher = AllToAllDispatcher(group)
+        layer.dispatcher = dispatcher
+
+
+def make_dispatcher(config: DispatchConfig, mesh: ParallelMesh) -> Dispatcher:
+    """One for all layers: it holds no state of its own."""
+    if isinstance(config, TwoHopConfig):
+        return TwoHopDispatcher(*mesh.node_groups(node_size(config, mesh.layout.ep)))
+    if isinstance(config, LeastLoadedConfig):
+        return LeastLoadedDispatcher(mesh.ep.get_group(), config)
+    return AllToAllDispatcher(mesh.ep.get_group())
 
 
 def set_recompute(model: Transformer, how: Recompute) -> None:
@@ -95,11 +111,12 @@ def shard_weights(model: Transformer, mesh: ParallelMesh, config: ParallelConfig
     reshard = config.reshard_after_forward
     for block in model.blocks:
         if isinstance(block.ffn, MoELayer):
-            if mixed:  # a group of its own keeps the router's weights in full precision
-                fully_shard(block.ffn.router, mesh=mesh.dense, reshard_after_forward=reshard)
+            if mixed:  # a group of its own keeps a router's weights in full precision
+                for router in dict.fromkeys(block.ffn.routers):
+                    fully_shard(router, mesh=mesh.dense, reshard_after_forward=reshard)
             if mesh.layout.ep > 1:
                 fully_shard(
-                    block.ffn.experts,
+                    _expert_modules(block.ffn),
                     mesh=mesh.expert,
                     reshard_after_forward=reshard,
                     mp_policy=policy,
@@ -113,6 +130,12 @@ def shard_weights(model: Transformer, mesh: ParallelMesh, config: ParallelConfig
             # applied twice on a shard group of one rank.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _expert_modules(layer: MoELayer) -> nn.Module | list[nn.Module]:
+    """What one FSDP group of experts is made of. Experts that run several times are gathered when the first of the
+    modules runs and let go after the last, with one reduction of their gradients."""
+    return layer.experts if layer.config.chain.iterations == 1 else [layer.enter, layer.experts, layer.leave]
 
 
 def _expert_placement(expert_shard: int) -> Callable[[nn.Parameter], Shard]:
@@ -141,18 +164,21 @@ class NativeEngine:
         device: torch.device,
         dtype: torch.dtype,
         master_dtype: torch.dtype = torch.float32,
+        dispatch: DispatchConfig | None = None,
+        seed: int = 0,
     ) -> None:
         self.architecture = architecture
         self.mesh = mesh
         self.parallel = parallel
         self.device = device
         self.optim = optim
+        self.seed = seed
         self.group = mesh.data_group
         with torch.device("meta"):
             model = Transformer(architecture)
             if master_dtype != torch.float32:
                 model = model.to(master_dtype)
-        self.model = parallelize(model, mesh, parallel, dtype)
+        self.model = parallelize(model, mesh, parallel, dispatch or AllToAllConfig(), dtype)
         self.layers = moe_layers(self.model)
         self.materialize()
 
@@ -163,8 +189,9 @@ class NativeEngine:
         """
         self.model.to_empty(device=self.device)
         self.optimizer = build_optimizer(self.model, self.optim)
-        num_layers, num_experts = self.architecture.model.num_layers, self.architecture.moe.num_experts
-        self.previous_count_LE = torch.zeros(num_layers, num_experts, dtype=torch.float64, device=self.device)
+        moe, num_layers = self.architecture.moe, self.architecture.model.num_layers
+        shape = (num_layers, moe.chain.iterations, moe.num_experts)
+        self.previous_count_LIE = torch.zeros(shape, dtype=torch.float64, device=self.device)
         """Slots per expert of the previous step over all ranks, for the look-ahead of the global balance loss."""
 
     def init_weights(self, init: InitConfig, seed: int) -> None:
@@ -183,19 +210,19 @@ class NativeEngine:
             This rank's sums, and the mean error of the global loss's frequency estimate (L1, 0 to 2; 0 if unused).
         """
         sums = self.zero_sums()
-        total_LE = self._count_first(batches, step)
-        seen_LE = torch.zeros_like(self.previous_count_LE)
-        used: list[tuple[int, Tensor]] = []
+        total_LIE = self._count_first(batches, step)
+        seen_LIE = torch.zeros_like(self.previous_count_LIE)
+        used: list[tuple[tuple[int, int], Tensor]] = []
+        num_tokens = sum(batch.token_BS.numel() for batch in batches) * self.mesh.layout.ranks
         for index, batch in enumerate(batches):
             self._sync_gradients(index == len(batches) - 1)
             remaining = (len(batches) - index - 1) / len(batches)
-            prior_LE = seen_LE + self.previous_count_LE * remaining if total_LE is None else total_LE
-            context = ForwardContext(
-                step=step,
-                training=True,
-                sum_over_data=sum_over(self.group),
-                prior_count_LE=prior_LE,
-                prior_is_total=total_LE is not None,
+            prior_LIE = seen_LIE + self.previous_count_LIE * remaining if total_LIE is None else total_LIE
+            context = replace(
+                self._context(step, training=True),
+                prior_count_LIE=prior_LIE,
+                prior_is_total=total_LIE is not None,
+                no_padding=num_valid == num_tokens,
             )
             logits_BSV, stats = self.model(batch, context)
             cross_entropy = token_loss_sum(logits_BSV, batch.target_BS)
@@ -204,14 +231,24 @@ class NativeEngine:
                 loss = loss + layer.balance / num_valid
             loss.backward()
             sums.add(cross_entropy, stats)
-            seen_LE = seen_LE.clone()
+            seen_LIE = seen_LIE.clone()
             for layer in stats:
                 if layer.step_count_E is not None:
-                    seen_LE[layer.layer] += layer.step_count_E
+                    seen_LIE[layer.layer, layer.iteration] += layer.step_count_E
                 if layer.used_frequency_E is not None:
-                    used.append((layer.layer, layer.used_frequency_E))
-        self.previous_count_LE = seen_LE
-        return sums, _estimator_error(used, seen_LE)
+                    used.append(((layer.layer, layer.iteration), layer.used_frequency_E))
+        self.previous_count_LIE = seen_LIE
+        return sums, _estimator_error(used, seen_LIE)
+
+    def _context(self, step: int, training: bool) -> ForwardContext:
+        return ForwardContext(
+            step=step,
+            training=training,
+            sum_over_data=sum_over(self.group),
+            gather_over_data=gather_over(self.group),
+            data_rank=dist.get_rank(self.group),
+            seed=self.seed,
+        )
 
     def _count_first(self, batches: Sequence[TokenBatch], step: int) -> Tensor | None:
         """Exact mode: the whole step's counts from a forward pass without gradient."""
@@ -219,13 +256,13 @@ class NativeEngine:
         wanted = balance.global_coefficient > 0 and balance.global_estimator is GlobalEstimator.exact
         if not wanted or len(batches) == 1:
             return None
-        total_LE = torch.zeros_like(self.previous_count_LE)
-        context = ForwardContext(step=step, training=True, sum_over_data=sum_over(self.group))
+        total_LIE = torch.zeros_like(self.previous_count_LIE)
+        context = self._context(step, training=True)
         with torch.no_grad():
             for batch in batches:
                 for layer in self.model(batch, context)[1]:
-                    total_LE[layer.layer] += layer.step_count_E
-        return total_LE
+                    total_LIE[layer.layer, layer.iteration] += layer.step_count_E
+        return total_LIE
 
     def _sync_gradients(self, last: bool) -> None:
         if isinstance(self.model, FSDPModule):
@@ -251,15 +288,21 @@ class NativeEngine:
         """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    @torch.no_grad()
-    def update_router_bias(self, count_LE: Tensor) -> None:
-        """Loss-free balancing: one bias step per MoE layer, from the counts of the whole step and all ranks."""
-        rate = self.architecture.balance.bias_rate
-        if rate == 0:
-            return
-        for layer, count_E in zip(self.layers, count_LE):
-            assert layer.router.bias is not None
-            layer.router.bias.copy_(bias_step(layer.router.bias, count_E, rate))
+    def update_routers(self, totals: StepSums) -> None:
+        """Move what routers keep from step to step: the bias of loss-free balancing, the cutoffs of thresholds.
+
+        Args:
+            totals: sums of the whole step over all ranks.
+        """
+        row = 0
+        for layer in self.layers:
+            rows: dict[Router, list[int]] = {}
+            for router in layer.routers:  # iterations may share one
+                rows.setdefault(router, []).append(row)
+                row += 1
+            for router, mine in rows.items():
+                observed_E = totals.observed_LE[mine].sum(0) / totals.observations_L[mine].sum().clamp(min=1)
+                router.after_step(totals.count_LE[mine].sum(0), observed_E, self.architecture.balance)
 
     @torch.no_grad()
     def evaluate(self, batch: TokenBatch) -> StepSums:
@@ -274,11 +317,18 @@ class NativeEngine:
 
     def evaluation_context(self) -> ForwardContext:
         """Context of a pass that learns nothing and counts nothing for training."""
-        return ForwardContext(step=0, training=False, sum_over_data=sum_over(self.group))
+        return self._context(step=0, training=False)
+
+    def pass_names(self) -> list[str]:
+        """Names of the passes of mixture-of-experts layers, in the order of the rows of `StepSums`."""
+        iterations = self.architecture.moe.chain.iterations
+        suffixes = [""] if iterations == 1 else [f"/iteration_{i}" for i in range(iterations)]
+        return [f"layer_{layer.layer}{suffix}" for layer in self.layers for suffix in suffixes]
 
     def zero_sums(self) -> StepSums:
         """Empty sums of the right shape."""
-        return StepSums.zeros(len(self.layers), self.architecture.moe.num_experts, self.device)
+        passes = len(self.layers) * self.architecture.moe.chain.iterations
+        return StepSums.zeros(passes, self.architecture.moe.num_experts, self.device)
 
     @torch.no_grad()
     def first_nonfinite_module(self, batch: TokenBatch) -> str | None:
@@ -305,8 +355,8 @@ class NativeEngine:
         return next((name for name in names if name is not None), None)
 
 
-def _estimator_error(used: list[tuple[int, Tensor]], total_LE: Tensor) -> Tensor:
+def _estimator_error(used: list[tuple[tuple[int, int], Tensor]], total_LIE: Tensor) -> Tensor:
     if not used:
-        return torch.zeros((), dtype=torch.float64, device=total_LE.device)
-    true_LE = normalized_counts(total_LE)
-    return torch.stack([(share_E - true_LE[layer]).abs().sum() for layer, share_E in used]).mean()
+        return torch.zeros((), dtype=torch.float64, device=total_LIE.device)
+    true_LIE = normalized_counts(total_LIE)
+    return torch.stack([(share_E - true_LIE[place]).abs().sum() for place, share_E in used]).mean()

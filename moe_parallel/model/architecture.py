@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from moe_parallel.model.attention import AttentionConfig, GroupedQueryConfig
 from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.layer import MoEConfig
-from moe_parallel.moe.routers.token_choice import RouterConfig
+from moe_parallel.moe.routers.router import RouterConfig
 
 
 @dataclass(kw_only=True)
@@ -66,6 +66,10 @@ class Architecture:
             self.attention.head_width(self.model.dim)
         if self.num_moe_layers > 0:
             self.router.check_experts(self.moe.num_experts)
+            self.router.check_balance(self.balance)
+            self.balance.check_experts(self.moe.num_experts)
+            if self.moe.capacity_factor is not None:
+                self.router.check_capacity(self.moe.capacity_factor)
 
     @property
     def num_moe_layers(self) -> int:

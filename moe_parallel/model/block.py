@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,7 @@ from moe_data.batch import TokenBatch
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.attention import GroupedQueryAttention, GroupedQueryConfig
 from moe_parallel.model.latent_attention import LatentAttention, LatentConfig
+from moe_parallel.moe.chain import ChainBlock, Renormalize, Residual
 from moe_parallel.moe.experts import SwiGLU
 from moe_parallel.moe.layer import MoELayer
 from moe_parallel.moe.routing import ForwardContext, LayerStats, Replay
@@ -38,24 +40,42 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(model.dim, eps=model.norm_epsilon)
         self.attention = build_attention(architecture)
         self.ffn_norm = nn.RMSNorm(model.dim, eps=model.norm_epsilon)
+        self.later_norms = nn.ModuleList()
+        """Norms of later iterations of a chain of experts, if they have their own."""
         self.ffn: MoELayer | SwiGLU
         if layer < model.first_dense_layers:
             self.ffn = SwiGLU(model.dim, model.ffn_dim)
         else:
             self.ffn = MoELayer(model.dim, architecture.moe, architecture.router, architecture.balance, layer)
+            chain = architecture.moe.chain
+            if chain.renormalize is Renormalize.per_iteration:
+                for _ in range(chain.iterations - 1):
+                    self.later_norms.append(nn.RMSNorm(model.dim, eps=model.norm_epsilon))
 
-    def forward(self, x_BSD: Tensor, batch: TokenBatch, context: ForwardContext) -> tuple[Tensor, LayerStats | None]:
-        """(B, S, D) -> (B, S, D), and the statistics of a mixture-of-experts layer."""
+    def forward(self, x_BSD: Tensor, batch: TokenBatch, context: ForwardContext) -> tuple[Tensor, list[LayerStats]]:
+        """(B, S, D) -> (B, S, D), and the statistics of each pass of a mixture-of-experts layer."""
         if not (self.recompute and torch.is_grad_enabled()):
             return self._forward(x_BSD, batch, context)
         # The second run takes the experts of the first from the replay: it must not choose again.
         replaying = replace(context, replay=Replay())
         return checkpoint(self._forward, x_BSD, batch, replaying, use_reentrant=False, preserve_rng_state=False)
 
-    def _forward(self, x_BSD: Tensor, batch: TokenBatch, context: ForwardContext) -> tuple[Tensor, LayerStats | None]:
+    def _forward(self, x_BSD: Tensor, batch: TokenBatch, context: ForwardContext) -> tuple[Tensor, list[LayerStats]]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), batch)
         hidden_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, SwiGLU):
-            return x_BSD + self.ffn(hidden_BSD), None
-        out_TD, stats = self.ffn(hidden_BSD.flatten(0, 1), context.for_layer(self.layer, batch))
-        return x_BSD + out_TD.view_as(x_BSD), stats
+            return x_BSD + self.ffn(hidden_BSD), []
+        stream_BSD = hidden_BSD if self.ffn.config.chain.block is ChainBlock.reference else x_BSD
+        stream_TD, hidden_TD = stream_BSD.flatten(0, 1), hidden_BSD.flatten(0, 1)
+        out_TD, stats = self.ffn(hidden_TD, context.for_layer(self.layer, batch), self._renormalize(stream_TD))
+        return stream_BSD + out_TD.view_as(x_BSD), stats
+
+    def _renormalize(self, stream_TD: Tensor) -> Callable[[int, Tensor], Tensor] | None:
+        """What a later iteration of a chain of experts sees, from the sum of the outputs before it."""
+        assert isinstance(self.ffn, MoELayer)
+        chain = self.ffn.config.chain
+        if chain.renormalize is Renormalize.none:
+            return None
+        base = 0 if chain.residual is Residual.outer else stream_TD
+        norms = [self.ffn_norm, *(self.later_norms or [self.ffn_norm] * (chain.iterations - 1))]
+        return lambda iteration, out_TD: norms[iteration](base + out_TD)

@@ -1,8 +1,9 @@
 """Sizes and costs of a model from its options alone: parameters, FLOPs, memory. No modules, no torch.
 
 Conventions. Active parameters are those that one token uses: everything dense, with embedding and head, the shared
-experts and top_k routed ones, as published counts of DeepSeekMoE, OLMoE, Qwen3 and Mixtral have it. A multiply-add
-is 2 FLOPs. Backward costs twice forward. Recomputation is not counted.
+experts and its routed ones, as published counts of DeepSeekMoE, OLMoE, Qwen3 and Mixtral have it. Chained experts are
+used, and counted in FLOPs, once in each iteration. A multiply-add is 2 FLOPs. Backward costs twice forward.
+Recomputation is not counted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from moe_parallel.mesh import Recompute
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.attention import GroupedQueryConfig, QKNorm
 from moe_parallel.model.latent_attention import LatentConfig
+from moe_parallel.moe.chain import Renormalize
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,14 @@ class ParameterCounts:
     matrices: int
     """All other weights that every token is multiplied with: attention, dense layers, shared experts, routers."""
     norms: int
-    """Weights of norms."""
+    """Weights of norms, and scales."""
     routed: int
     """All routed experts of all layers."""
     routed_active: int
-    """The top_k experts of each layer that one token takes."""
+    """The experts of each layer that one token takes, on average where that varies; different ones in each iteration
+    of a chain, as far as there are so many."""
+    repeated: int = 0
+    """Weights that later iterations of a chain multiply a token with again."""
 
     @property
     def total(self) -> int:
@@ -47,12 +52,20 @@ def count_parameters(architecture: Architecture) -> ParameterCounts:
     """Count by the shapes that the modules will have."""
     model, moe = architecture.model, architecture.moe
     attention_matrices, attention_norms = _attention_parameters(architecture)
-    shared_dim = moe.num_shared_experts * moe.expert_dim
-    moe_matrices = 3 * model.dim * shared_dim + moe.num_experts * model.dim
-    if moe.shared_expert_gate:
-        moe_matrices += model.dim
+    chain, router = moe.chain, architecture.router
+    later = chain.iterations - 1
+    shared = 3 * model.dim * moe.num_shared_experts * moe.expert_dim + model.dim * moe.shared_expert_gate
+    moe_matrices = shared + router.num_weights(model.dim, moe.num_experts) * (1 + later * chain.own_routers)
+    moe_vectors = later * chain.learned_scale
+    if chain.renormalize is Renormalize.per_iteration:
+        moe_vectors += later * model.dim
     moe_layers = architecture.num_moe_layers
     expert = 3 * model.dim * moe.expert_dim
+    taken = router.top_k * chain.iterations
+    distinct = min(taken, moe.num_experts)
+    repeated = later * shared * chain.shared_every_iteration + (taken - distinct) * expert
+    if not chain.own_routers:
+        repeated += later * router.num_weights(model.dim, moe.num_experts)
     table = architecture.vocab_size * model.dim
     return ParameterCounts(
         embedding=table,
@@ -60,9 +73,10 @@ def count_parameters(architecture: Architecture) -> ParameterCounts:
         matrices=model.num_layers * attention_matrices
         + model.first_dense_layers * 3 * model.dim * model.ffn_dim
         + moe_layers * moe_matrices,
-        norms=model.num_layers * (2 * model.dim + attention_norms) + model.dim,
+        norms=model.num_layers * (2 * model.dim + attention_norms) + model.dim + moe_layers * moe_vectors,
         routed=moe_layers * moe.num_experts * expert,
-        routed_active=moe_layers * architecture.router.top_k * expert,
+        routed_active=moe_layers * distinct * expert,
+        repeated=moe_layers * repeated,
     )
 
 
@@ -104,7 +118,7 @@ def forward_flops_per_token(architecture: Architecture, sequence_tokens: int) ->
     """
     counts = count_parameters(architecture)
     head = counts.head or counts.embedding  # a tied head is multiplied all the same
-    weights = head + counts.matrices + counts.routed_active
+    weights = head + counts.matrices + counts.routed_active + counts.repeated
     query_dim, value_dim = _head_widths(architecture)
     context = (sequence_tokens + 1) / 2
     heads = architecture.attention.num_heads
@@ -222,10 +236,13 @@ def _layer_activations(architecture: Architecture, is_moe: bool, recompute: Reco
     float32 += heads  # log-sum-exp of the core
     if not is_moe:
         return compute * (elements + 4 * model.ffn_dim) + 4 * float32
-    elements += 4 * moe.num_shared_experts * moe.expert_dim + model.dim * moe.shared_expert_gate
-    top_k = architecture.router.top_k
-    elements += top_k * 2 * model.dim  # rows before and after the experts
+    iterations = moe.chain.iterations
+    shared_runs = iterations if moe.chain.shared_every_iteration else 1
+    elements += shared_runs * (4 * moe.num_shared_experts * moe.expert_dim + model.dim * moe.shared_expert_gate)
+    taken = architecture.router.top_k * iterations
+    elements += taken * 2 * model.dim  # rows before and after the experts
     if recompute is not Recompute.selective:
-        elements += top_k * 2 * moe.expert_dim
-    float32 += 3 * moe.num_experts + (0 if compute == 4 else model.dim)  # scores; the router's input in float32
+        elements += taken * 2 * moe.expert_dim
+    elements += (iterations - 1) * model.dim  # what later iterations see
+    float32 += iterations * (3 * moe.num_experts + (0 if compute == 4 else model.dim))  # scores; float32 input
     return compute * elements + 4 * float32

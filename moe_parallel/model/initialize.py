@@ -6,7 +6,6 @@ there, on any number of ranks, any device and in any order.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 
@@ -15,10 +14,13 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from moe_kernels.hashing import hash_key, hashed_uniform
 from moe_parallel.model.transformer import Transformer
 
 _WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module)\.")
 _RESIDUAL_OUTPUT = re.compile(r"(attention\.output|ffn(\.shared)?\.down)\.weight$|experts\.down$")
+_NORM = re.compile(r"(norm|later_norms\.\d+)\.weight$")
+_OF_ROUTER = re.compile(r"ffn\.(router|later_routers\.\d+)\.\w+$")
 _CPU_CHUNK = 1 << 16  # elements at once: fits the cache
 _DEVICE_CHUNK = 1 << 24
 
@@ -49,24 +51,20 @@ def init_weights(model: Transformer, config: InitConfig, seed: int) -> None:
         name = _WRAPPERS.sub("", wrapped_name)
         if parameter.is_meta:
             raise ValueError(f"{name} has no memory yet; call model.to_empty(device=...) before init_weights")
-        if name.endswith("norm.weight"):
+        if _NORM.search(name) is not None:
             _local(parameter).fill_(1.0)
+        elif name.endswith("later_scale") or (parameter.ndim < 2 and _OF_ROUTER.search(name) is not None):
+            _local(parameter).zero_()
         elif parameter.ndim >= 2:
             scaled = config.scale_output_by_depth and _RESIDUAL_OUTPUT.search(name) is not None
             std = config.std / math.sqrt(2 * num_layers) if scaled else config.std
-            fill_normal(parameter, std, stream_key(seed, name))
+            fill_normal(parameter, std, hash_key(seed, name))
         else:
             raise ValueError(f"no rule says how to initialize {name} of shape {tuple(parameter.shape)}")
     for name, buffer in model.named_buffers():
-        if not name.endswith("router.bias"):
+        if _OF_ROUTER.search(name) is None:
             raise ValueError(f"no rule says how to initialize buffer {name}")
         _local(buffer).zero_()
-
-
-def stream_key(seed: int, name: str) -> int:
-    """A 64-bit number, as a signed integer, that is as good as independent for each seed and name."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def fill_normal(parameter: Tensor, std: float, key: int) -> None:
@@ -96,20 +94,9 @@ def _fill(local: Tensor, offsets: list[Tensor], std: float, key: int) -> None:
 def hashed_normal(index: Tensor, key: int) -> Tensor:
     """Standard normal numbers, float64: a function of (key, index) alone.
 
-    The hash is splitmix64 (Steele, Lea, Flood 2014) with the key as its start; int64 arithmetic wraps. All in
-    float64, so that devices whose last bits differ still agree after rounding to float32, but for rare ties.
+    All in float64, so that devices whose last bits differ still agree after rounding to float32, but for rare ties.
     """
-    z = index * -0x61C8864680B583EB + key
-    z = (z ^ _shift(z, 30)) * -0x40A7B892E31B1A47
-    z = (z ^ _shift(z, 27)) * -0x6B2FB644ECCEEE15
-    z = z ^ _shift(z, 31)
-    uniform = _shift(z, 11).double().add_(0.5).mul_(2.0**-52).sub_(1.0)  # in (-1, 1), never at its ends
-    return uniform.erfinv_().mul_(math.sqrt(2.0))
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: int64 shifts copy the sign."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+    return hashed_uniform(index, key).mul_(2.0).sub_(1.0).erfinv_().mul_(math.sqrt(2.0))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Transformer(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def forward(self, batch: TokenBatch, context: ForwardContext) -> tuple[Tensor, list[LayerStats]]:
-        """Logits (B, S, V), and the statistics of the mixture-of-experts layers in order."""
+        """Logits (B, S, V), and the statistics of all passes of mixture-of-experts layers in order."""
         limit = self.architecture.model.max_sequence_tokens
         if limit is not None and batch.token_BS.shape[1] > limit:
             raise ValueError(
@@ -42,11 +42,10 @@ class Transformer(nn.Module):
                 "shorten it, or raise the limit if the rotary positions reach that far"
             )
         x_BSD = self.embedding(batch.token_BS)
-        layer_stats = []
+        layer_stats: list[LayerStats] = []
         for layer in self.layers:
             x_BSD, stats = layer(x_BSD, batch, context)
-            if stats is not None:
-                layer_stats.append(stats)
+            layer_stats += stats
         return self.head(self.norm(x_BSD)), layer_stats
 
     def _tie(self) -> None:

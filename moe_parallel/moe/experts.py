@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,22 @@ class RoutedExperts(nn.Module):
         self.recompute = False
         """Compute the hidden activations again in the backward pass. Set by the engine."""
 
-    def forward(self, rows_RD: Tensor, count_L: Tensor, host_counts: Sequence[int] | None = None) -> Tensor:
-        """(R, D) -> (R, D). `count_L`: int64, rows of each expert held here; `host_counts`: the same on the host."""
+    def forward(
+        self,
+        rows_RD: Tensor,
+        count_L: Tensor,
+        host_counts: Sequence[int] | None = None,
+        transfer: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """(R, D) -> (R, D).
+
+        Args:
+            count_L: int64, rows of each expert computed here; `host_counts`: the same on the host.
+            transfer: see `Ticket.transfer`.
+        """
         gate_up, down = local_tensor(self.gate_up), local_tensor(self.down)
+        if transfer is not None:
+            gate_up, down = transfer(gate_up), transfer(down)
         return expert_mlp(rows_RD, gate_up, down, count_L, host_counts, recompute=self.recompute)
 
     def extra_repr(self) -> str:

@@ -1,7 +1,9 @@
-"""The MoE layer: router, dispatcher, experts, combine, plus shared experts. Returns what it counted."""
+"""The MoE layer: passes of router, dispatcher, experts, combine, plus shared experts. Returns what it counted."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -10,10 +12,11 @@ from torch import Tensor, nn
 
 from moe_parallel.moe.balance import BalanceConfig, balance_terms, selection_counts, z_loss_sum
 from moe_parallel.moe.capacity import DropOrder, expert_capacity, keep_within_capacity
+from moe_parallel.moe.chain import ChainConfig, Residual
 from moe_parallel.moe.dispatch.local import LocalDispatcher
 from moe_parallel.moe.experts import RoutedExperts, SwiGLU
-from moe_parallel.moe.routers.token_choice import RouterConfig, TokenChoiceRouter
-from moe_parallel.moe.routing import LayerContext, LayerStats, Routing
+from moe_parallel.moe.routers.router import LooksAt, Routed, Router, RouterConfig
+from moe_parallel.moe.routing import Choice, LayerContext, LayerStats, Routing
 
 
 @dataclass(kw_only=True)
@@ -32,6 +35,7 @@ class MoEConfig:
     """Which slots go first where an expert is over its capacity."""
     renormalize_after_drop: bool = False
     """Scale the weights of a token's kept slots up to the sum they had before the drop."""
+    chain: ChainConfig = dataclasses.field(default_factory=ChainConfig)
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "expert_dim"):
@@ -56,14 +60,23 @@ class Dispatcher(Protocol):
 
 
 class MoELayer(nn.Module):
-    """Fine-grained routed experts plus shared experts (DeepSeekMoE, arXiv 2401.06066)."""
+    """Fine-grained routed experts plus shared experts (DeepSeekMoE, arXiv 2401.06066), passed once or several times."""
 
     def __init__(self, dim: int, moe: MoEConfig, router: RouterConfig, balance: BalanceConfig, layer: int) -> None:
         super().__init__()
         self.config = moe
         self.balance = balance
         self.layer = layer
-        self.router = TokenChoiceRouter(dim, moe.num_experts, router, with_bias=balance.bias_rate > 0)
+        self.router = router.build(dim, moe.num_experts, with_bias=balance.bias_rate > 0)
+        later = moe.chain.iterations - 1
+        self.later_routers = nn.ModuleList(
+            router.build(dim, moe.num_experts, with_bias=balance.bias_rate > 0)
+            for _ in range(later if moe.chain.own_routers else 0)
+        )
+        self.later_scale = nn.Parameter(torch.empty(later)) if moe.chain.learned_scale else None
+        self.enter, self.leave = nn.Identity(), nn.Identity()
+        """First and last thing to run: with the experts between them they are one FSDP group, whose weights are
+        gathered once and whose gradients are reduced once, however often the experts run."""
         self.experts = RoutedExperts(moe.num_experts, dim, moe.expert_dim)
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.shared: SwiGLU | None = None
@@ -73,94 +86,105 @@ class MoELayer(nn.Module):
             if moe.shared_expert_gate:
                 self.shared_gate = nn.Linear(dim, 1, bias=False)
 
-    def forward(self, x_TD: Tensor, context: LayerContext) -> tuple[Tensor, LayerStats]:
-        """(T, D) -> (T, D) and the pass's statistics."""
-        routing, stats = self.route(x_TD, context)
+    @property
+    def routers(self) -> list[Router]:
+        """The router of each iteration."""
+        chain = self.config.chain
+        later = list(self.later_routers) if chain.own_routers else [self.router] * (chain.iterations - 1)
+        return [self.router, *later]  # type: ignore[list-item]
+
+    def looks_at(self, training: bool) -> LooksAt:
+        """Which other tokens may change a token's output."""
+        limited = training and self.config.capacity_factor is not None
+        seen = LooksAt.past | LooksAt.future | LooksAt.others if limited else LooksAt.itself
+        return seen | self.router.looks_at(training)
+
+    def forward(
+        self, x_TD: Tensor, context: LayerContext, renormalize: Callable[[int, Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, list[LayerStats]]:
+        """What the layer adds to its stream, (T, D) -> (T, D), and the statistics of each iteration.
+
+        Args:
+            renormalize: (iteration, sum of outputs so far) -> what that iteration sees; None adds the two.
+        """
+        residual = self.config.chain.residual
+        x_TD = self.enter(x_TD)
+        out_TD, stats = self._pass(x_TD, self.router, context)
+        all_stats = [stats]
+        for iteration, router in enumerate(self.routers[1:], start=1):
+            if renormalize is not None:
+                input_TD = renormalize(iteration, out_TD)
+            else:
+                input_TD = out_TD if residual is Residual.outer else x_TD + out_TD
+            step_TD, stats = self._pass(input_TD, router, context.in_iteration(iteration))
+            if self.later_scale is not None:
+                step_TD = (step_TD * self.later_scale[iteration - 1]).to(step_TD.dtype)
+            out_TD = out_TD + step_TD if residual is Residual.inner else step_TD
+            all_stats.append(stats)
+        return self.leave(out_TD), all_stats
+
+    def _pass(self, x_TD: Tensor, router: Router, context: LayerContext) -> tuple[Tensor, LayerStats]:
+        """Route, exchange, compute, bring back: (T, D) -> (T, D)."""
+        routing, stats = self.route(x_TD, router, context)
         rows_RD, count_L, ticket = self.dispatcher.dispatch(x_TD, routing, context)
-        rows_RD = self.experts(rows_RD, count_L, ticket.host_counts)
+        rows_RD = self.experts(rows_RD, count_L, ticket.host_counts, ticket.transfer)
         out_TD = self.dispatcher.combine(rows_RD, routing, ticket)
-        if self.shared is not None:
+        if self.shared is not None and (context.iteration == 0 or self.config.chain.shared_every_iteration):
             out_TD = out_TD + self._shared_output(x_TD)
         return out_TD, stats
 
-    def route(self, x_TD: Tensor, context: LayerContext) -> tuple[Routing, LayerStats]:
+    def route(self, x_TD: Tensor, router: Router, context: LayerContext) -> tuple[Routing, LayerStats]:
         """Score, select, weigh, drop, count."""
-        router = self.router
-        logit_TE = router(x_TD)
-        score_TE = router.scores(logit_TE)
-        expert_TK = context.once("expert", lambda: router.select(score_TE, context))
-        weight_TK = router.weights(score_TE, expert_TK)
-        routing, dropped = self._routing(expert_TK, weight_TK, context)
-        return routing, self._stats(logit_TE, score_TE, expert_TK, dropped, context)
-
-    def _routing(self, expert_TK: Tensor, weight_TK: Tensor, context: LayerContext) -> tuple[Routing, Tensor]:
-        num_experts, factor = self.config.num_experts, self.config.capacity_factor
-        none_dropped = torch.zeros((), dtype=torch.int64, device=expert_TK.device)
-        # Which slots an expert has room for depends on other tokens, later ones too: training only.
-        if not context.forward.training:
-            factor = None
-        if factor is None and context.valid_T is None:
-            uniform = self._uniform_count(expert_TK) if self.router.config.forced_balance else None
-            return Routing.from_full_choice(expert_TK, weight_TK, num_experts, uniform), none_dropped
+        routed = router.route(router(x_TD, context), context)
+        choice, weight, num_experts = routed.choice, routed.weight, self.config.num_experts
+        dropped = torch.zeros((), dtype=torch.int64, device=choice.expert.device)
         if context.valid_T is not None:  # padding is not sent anywhere
-            expert_TK = torch.where(context.valid_T[:, None], expert_TK, num_experts)
-        if factor is None:
-            return Routing.from_choice(expert_TK, weight_TK, num_experts), none_dropped
-        num_tokens, top_k = expert_TK.shape
+            choice = choice.only(context.valid_T[choice.tokens()].view_as(choice.expert), num_experts)
+        # Which slots an expert has room for depends on other tokens, later ones too: training only.
+        if self.config.capacity_factor is not None and context.forward.training:
+            choice, weight, dropped = self._drop(choice, weight, self.config.capacity_factor, context)
+        return Routing.of(choice, weight, num_experts), self._stats(routed, dropped, context)
+
+    def _drop(
+        self, choice: Choice, weight_TK: Tensor, factor: float, context: LayerContext
+    ) -> tuple[Choice, Tensor, Tensor]:
+        num_experts = self.config.num_experts
+        num_tokens, top_k = choice.expert.shape
         capacity = expert_capacity(num_tokens, top_k, num_experts, factor)
-        keep_TK = context.once(
+        keep_TK: Tensor = context.once(
             "keep",
-            lambda: keep_within_capacity(expert_TK, weight_TK, capacity, num_experts, self.config.drop_order),
+            lambda: keep_within_capacity(choice.expert, weight_TK, capacity, num_experts, self.config.drop_order),
         )
         if self.config.renormalize_after_drop:
-            kept_T = (weight_TK * keep_TK).sum(-1, keepdim=True)
-            weight_TK = weight_TK * (weight_TK.sum(-1, keepdim=True) / (kept_T + 1e-20))
-        dropped = (~keep_TK & (expert_TK < num_experts)).sum()
-        expert_TK = torch.where(keep_TK, expert_TK, num_experts)
-        return Routing.from_choice(expert_TK, weight_TK, num_experts), dropped
+            used_TK = choice.expert < num_experts
+            wanted_T, kept_T = ((weight_TK * mask).sum(-1, keepdim=True) for mask in (used_TK, keep_TK))
+            weight_TK = weight_TK * (wanted_T / (kept_T + 1e-20))
+        dropped = (~keep_TK & (choice.expert < num_experts)).sum()
+        return choice.only(keep_TK, num_experts), weight_TK, dropped
 
-    def _uniform_count(self, expert_TK: Tensor) -> int:
-        if expert_TK.numel() % self.config.num_experts != 0:
-            raise ValueError(
-                f"router.forced_balance=true needs tokens of a micro-batch * router.top_k = {expert_TK.numel()} to be "
-                f"divisible by moe.num_experts={self.config.num_experts}; change train.sequence_tokens or "
-                "train.micro_batch_sequences"
-            )
-        return expert_TK.numel() // self.config.num_experts
-
-    def _stats(
-        self, logit_TE: Tensor, score_TE: Tensor, expert_TK: Tensor, dropped: Tensor, context: LayerContext
-    ) -> LayerStats:
-        share_TE = score_TE / score_TE.sum(-1, keepdim=True)
-        count_E, count_BE = selection_counts(expert_TK, self.config.num_experts, context)
+    def _stats(self, routed: Routed, dropped: Tensor, context: LayerContext) -> LayerStats:
+        num_experts, valid_T = self.config.num_experts, context.valid_T
         config = self.balance if context.forward.training else BalanceConfig()  # an evaluation has no losses
-        balance, value, step_count_E, used_share_E = balance_terms(
-            config, share_TE, *self._loss_counts(score_TE, count_E, count_BE, context), context
-        )
-        z_square = z_loss_sum(logit_TE, context.valid_T)
+        counted = routed.choice if routed.counted is None else routed.counted
+        terms = balance_terms(config, routed.levels, counted, num_experts, context)
+        z_square = torch.stack([z_loss_sum(logits, valid_T) for logits in routed.logits]).sum()
         with torch.no_grad():
-            entropy_T = torch.special.entr(share_TE).sum(-1)
-            entropy = (entropy_T if context.valid_T is None else entropy_T * context.valid_T).sum()
+            entropy_T = torch.special.entr(routed.share_TE).sum(-1)
+            entropy = (entropy_T if valid_T is None else entropy_T * valid_T).sum()
+        losses = terms.weighted + config.z_coefficient * z_square if config.z_coefficient else terms.weighted
         return LayerStats(
             layer=self.layer,
-            count_E=count_E,
+            iteration=context.iteration,
+            count_E=selection_counts(routed.choice, num_experts, context).sum(0),
             dropped=dropped,
             entropy=entropy,
-            balance=balance + config.z_coefficient * z_square if config.z_coefficient else balance,
-            balance_value=value,
+            balance=losses / self.config.chain.iterations,  # equal pressure however many iterations there are
+            balance_value=terms.value,
             z_square=z_square.detach(),
-            step_count_E=step_count_E,
-            used_frequency_E=used_share_E,
+            step_count_E=terms.step_count_E,
+            used_frequency_E=terms.used_share_E,
+            observed_E=routed.observed_E,
         )
-
-    def _loss_counts(
-        self, score_TE: Tensor, count_E: Tensor, count_BE: Tensor, context: LayerContext
-    ) -> tuple[Tensor, Tensor]:
-        """Counts that the losses use: with a selection bias those of the choice without it (DeepSeek-V3 eq. 18)."""
-        if self.router.bias is None:
-            return count_E, count_BE
-        unbiased_TK = context.once("unbiased", lambda: self.router.select(score_TE, context, use_bias=False))
-        return selection_counts(unbiased_TK, self.config.num_experts, context)
 
     def _shared_output(self, x_TD: Tensor) -> Tensor:
         assert self.shared is not None

@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_data.batch import TokenBatch
+from moe_kernels.hashing import hash_key, hashed_uniform
 from moe_kernels.permute import invert_permutation, sort_slots
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a router chose, as integers: a table of K experts for each token, or a list of (token, expert) pairs."""
+
+    expert: Tensor
+    """int64, (T, K), or (N) where `token_N` says whose they are. The number of experts marks an unused slot."""
+    token_N: Tensor | None = None
+    """int64: the token of each pair of a list; None for a table."""
+    is_full: bool = True
+    """No slot is unused."""
+    uniform_count: int | None = None
+    """Slots per expert when the host knows that all are equal."""
+
+    def token_of(self, slot: Tensor) -> Tensor:
+        """The token of each flat slot index."""
+        return slot // self.expert.shape[1] if self.token_N is None else self.token_N[slot]
+
+    def tokens(self) -> Tensor:
+        """int64, flat: the token of each slot."""
+        if self.token_N is not None:
+            return self.token_N
+        num_tokens, top_k = self.expert.shape
+        return torch.arange(num_tokens, device=self.expert.device).repeat_interleave(top_k)
+
+    def take(self, value_TE: Tensor) -> Tensor:
+        """Each slot's value, in the shape of `expert`; some value for unused slots."""
+        expert = self.expert if self.is_full else self.expert.clamp(max=value_TE.shape[1] - 1)
+        return value_TE.gather(1, expert) if self.token_N is None else value_TE[self.token_N, expert]
+
+    def only(self, keep: Tensor, num_experts: int) -> Choice:
+        """The same slots without those where `keep`, in the shape of `expert`, is False."""
+        return Choice(torch.where(keep, self.expert, num_experts), self.token_N, is_full=False)
 
 
 @dataclass(frozen=True)
@@ -34,36 +69,24 @@ class Routing:
     """Slots per expert when the host knows that all are equal: no size exchange, no wait for the device."""
 
     @staticmethod
-    def from_choice(
-        expert_TK: Tensor, weight_TK: Tensor, num_experts: int, uniform_count: int | None = None
-    ) -> Routing:
-        """Build the list from a (T, K) table of choices; `num_experts` in the table marks an unused slot.
+    def of(choice: Choice, weight: Tensor, num_experts: int) -> Routing:
+        """Sort the chosen slots by expert; unused ones fall away.
 
-        `expert_TK` is a complete choice if no slot is unused; the caller says so by `uniform_count` or by
-        passing a table without the mark through `from_full_choice`.
+        Args:
+            weight: combine weights, in the shape of `choice.expert`.
         """
-        order, count_E = sort_slots(expert_TK, num_experts)
-        num_slots = int(count_E.sum())  # one wait for the device: the number of rows is data here
-        order_N = order[:num_slots]
+        order_N, count_E = sort_slots(choice.expert, num_experts)
+        if not choice.is_full:
+            order_N = order_N[: int(count_E.sum())]  # one wait for the device: the number of rows is data here
+        slot_TK = None
+        if choice.token_N is None and choice.is_full:  # every token has K slots: shapes are static
+            slot_TK = invert_permutation(order_N).view_as(choice.expert)
         return Routing(
-            token_N=order_N // expert_TK.shape[1],
-            weight_N=weight_TK.reshape(-1)[order_N],
+            token_N=choice.token_of(order_N),
+            weight_N=weight.reshape(-1)[order_N],
             count_E=count_E,
-            uniform_count=uniform_count,
-        )
-
-    @staticmethod
-    def from_full_choice(
-        expert_TK: Tensor, weight_TK: Tensor, num_experts: int, uniform_count: int | None = None
-    ) -> Routing:
-        """Build the list from a (T, K) table in which every slot is used: shapes are static."""
-        order_N, count_E = sort_slots(expert_TK, num_experts)
-        return Routing(
-            token_N=order_N // expert_TK.shape[1],
-            weight_N=weight_TK.reshape(-1)[order_N],
-            count_E=count_E,
-            slot_TK=invert_permutation(order_N).view_as(expert_TK),
-            uniform_count=uniform_count,
+            slot_TK=slot_TK,
+            uniform_count=choice.uniform_count,
         )
 
 
@@ -89,6 +112,10 @@ def _identity(value: Tensor) -> Tensor:
     return value
 
 
+def _stack_one(value: Tensor) -> Tensor:
+    return value.unsqueeze(0)
+
+
 @dataclass(frozen=True)
 class ForwardContext:
     """What one forward pass of the model may know besides its tokens. Holds no state that forward changes."""
@@ -98,8 +125,16 @@ class ForwardContext:
     training: bool = True
     sum_over_data: Callable[[Tensor], Tensor] = _identity
     """Sum of a tensor over all ranks that see different tokens; the identity in one process."""
-    prior_count_LE: Tensor | None = None
-    """float64 (decoder layers, E): slots per expert of the rest of the global batch, for the global loss.
+    gather_over_data: Callable[[Tensor], Tensor] = _stack_one
+    """A tensor of every one of these ranks, stacked in their order."""
+    data_rank: int = 0
+    """Place of this rank in that order."""
+    no_padding: bool = False
+    """No rank has padding in this step, known on all hosts: loads that are then equal need no exchange of sizes."""
+    seed: int = 0
+    """Seed of random routing."""
+    prior_count_LIE: Tensor | None = None
+    """float64 (decoder layers, iterations, E): slots per expert of the rest of the global batch, for the global loss.
     None when the micro-batch is the whole global batch of this rank."""
     prior_is_total: bool = False
     """The prior already holds this micro-batch (exact mode), so nothing is added to it."""
@@ -113,29 +148,61 @@ class ForwardContext:
         return LayerContext(
             layer=layer,
             batch_shape=(num_sequences, length),
+            num_valid=batch.num_valid,
             valid_T=batch.document_BS.flatten() >= 0 if batch.has_padding else None,
             token_id_T=(batch.sequence_B[:, None] * length + offset_S).flatten(),
+            token_T=batch.token_BS.flatten(),
+            position_T=batch.position_BS.flatten(),
+            document_T=batch.document_BS.flatten(),
+            source_T=batch.source_B.repeat_interleave(length),
             forward=self,
         )
 
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What a router may see. Built once per layer and micro-batch."""
+    """What a router may see besides its input. Built once per layer and micro-batch."""
 
     layer: int
     batch_shape: tuple[int, int]
     """(B, S): sequences, tokens per sequence; T = B * S."""
+    iteration: int = 0
+    """Pass over the layer's experts; 0 unless experts are chained."""
+    num_valid: int | None = None
+    """Tokens that are not padding, known on the host; None if all are."""
     valid_T: Tensor | None = None
     """bool: False for padding; None if the batch has none."""
     token_id_T: Tensor | None = None
     """int64: index of the token in the global order; the same on every layout."""
+    token_T: Tensor | None = None
+    """int64: the token itself, as an index into the vocabulary."""
+    position_T: Tensor | None = None
+    """int64: position that attention uses."""
+    document_T: Tensor | None = None
+    """int64: index of the document within its sequence, -1 for padding."""
+    source_T: Tensor | None = None
+    """int64: index of the source (domain)."""
     forward: ForwardContext = field(default_factory=ForwardContext)
 
     def once(self, key: str, compute: Callable[[], Any]) -> Any:
         """Compute, or take what the first run of a recomputed pass computed."""
         replay = self.forward.replay
-        return compute() if replay is None else replay.once((self.layer, key), compute)
+        return compute() if replay is None else replay.once((self.layer, self.iteration, key), compute)
+
+    def in_iteration(self, iteration: int) -> LayerContext:
+        """The context of a later pass over the same experts."""
+        return replace(self, iteration=iteration)
+
+    def random(self, purpose: str, cells: int) -> Tensor:
+        """Uniform numbers in (0, 1), float64 (T, cells): a hash of seed, step, layer, iteration and token.
+
+        The same on every layout and when a pass is computed again.
+        """
+        if self.token_id_T is None:
+            raise ValueError("random routing needs LayerContext.token_id_T: numbers are drawn for tokens by their id")
+        key = hash_key(self.forward.seed, self.forward.step, self.layer, self.iteration, purpose)
+        index_TC = self.token_id_T[:, None] * cells + torch.arange(cells, device=self.token_id_T.device)
+        return hashed_uniform(index_TC, key)
 
 
 @dataclass(frozen=True)
@@ -143,6 +210,7 @@ class LayerStats:
     """What one pass of one layer counted. Returned, never stored: the trainer adds it up after backward."""
 
     layer: int
+    iteration: int
     count_E: Tensor
     """int64: slots each expert was chosen for, before drops, without padding."""
     dropped: Tensor
@@ -160,6 +228,8 @@ class LayerStats:
     """float64: this micro-batch's counts summed over data-parallel ranks, if the global loss needed them."""
     used_frequency_E: Tensor | None
     """float64: the share of each expert that the global loss used, to measure the estimator's error."""
+    observed_E: Tensor | None = None
+    """float64: what the router wants averaged over the micro-batches and ranks of the step, for its `after_step`."""
 
 
 def normalized_counts(count: Tensor) -> Tensor:

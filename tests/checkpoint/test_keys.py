@@ -11,7 +11,7 @@ from moe_parallel.model.latent_attention import LatentConfig
 from moe_parallel.model.transformer import Transformer
 from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.layer import MoEConfig
-from moe_parallel.moe.routers.token_choice import RouterConfig
+from moe_parallel.moe.routers.token_choice import TokenChoiceConfig
 from moe_parallel.optim import OptimConfig, build_optimizer
 
 GROUPED = {
@@ -54,7 +54,7 @@ def build(attention, tied=False) -> Transformer:
             model=ModelConfig(dim=8, num_layers=2, first_dense_layers=1, ffn_dim=10, tie_embeddings=tied),
             attention=attention,
             moe=MoEConfig(num_experts=4, expert_dim=3, num_shared_experts=2, shared_expert_gate=True),
-            router=RouterConfig(top_k=2),
+            router=TokenChoiceConfig(top_k=2),
             balance=BalanceConfig(bias_rate=0.001),
             vocab_size=11,
         )

@@ -11,7 +11,7 @@ from moe_parallel.model.latent_attention import LatentConfig
 from moe_parallel.model.transformer import Transformer
 from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.layer import MoEConfig
-from moe_parallel.moe.routers.token_choice import RouterConfig, Score
+from moe_parallel.moe.routers.token_choice import Score, TokenChoiceConfig
 
 VOCABULARY = 50
 
@@ -19,7 +19,7 @@ GROUPED = Architecture(
     model=ModelConfig(dim=32, num_layers=3, first_dense_layers=1, ffn_dim=48),
     attention=GroupedQueryConfig(num_heads=4, num_kv_heads=2, qk_norm=QKNorm.head),
     moe=MoEConfig(num_experts=8, expert_dim=24, num_shared_experts=2, shared_expert_gate=True),
-    router=RouterConfig(top_k=3),
+    router=TokenChoiceConfig(top_k=3),
     balance=BalanceConfig(global_coefficient=0.01),
     vocab_size=VOCABULARY,
 )
@@ -27,7 +27,7 @@ LATENT = Architecture(
     model=ModelConfig(dim=32, num_layers=2, tie_embeddings=True),
     attention=LatentConfig(num_heads=4, q_rank=12, kv_rank=16, nope_head_dim=8, rope_head_dim=4, value_head_dim=12),
     moe=MoEConfig(num_experts=8, expert_dim=24, num_shared_experts=0),
-    router=RouterConfig(top_k=2, score=Score.sigmoid, normalize=True),
+    router=TokenChoiceConfig(top_k=2, score=Score.sigmoid, normalize=True),
     balance=BalanceConfig(bias_rate=0.001),
     vocab_size=VOCABULARY,
 )
@@ -35,7 +35,7 @@ DENSE = Architecture(
     model=ModelConfig(dim=32, num_layers=2, first_dense_layers=2, ffn_dim=48),
     attention=GroupedQueryConfig(num_heads=4, qk_norm=QKNorm.full),
     moe=MoEConfig(),
-    router=RouterConfig(),
+    router=TokenChoiceConfig(),
     balance=BalanceConfig(),
     vocab_size=VOCABULARY,
 )

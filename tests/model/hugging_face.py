@@ -29,7 +29,7 @@ from moe_parallel.model.rope import RopeConfig, RopeScaling
 from moe_parallel.model.transformer import Transformer
 from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.layer import MoEConfig
-from moe_parallel.moe.routers.token_choice import GroupScore, RouterConfig, Score
+from moe_parallel.moe.routers.token_choice import GroupScore, Score, TokenChoiceConfig
 
 VOCABULARY = 96
 SHAPE: dict[str, Any] = {
@@ -54,7 +54,7 @@ class Family:
     make: Callable[[], nn.Module]
     attention: AttentionConfig
     moe: MoEConfig
-    router: RouterConfig
+    router: TokenChoiceConfig
     first_dense_layers: int = 0
     bias_rate: float = 0.0
     norm_epsilon: float = 1e-6
@@ -99,7 +99,7 @@ FAMILIES: dict[str, Family] = {
         ),
         _latent(None, yarn=False),
         MoEConfig(num_experts=8, expert_dim=40, num_shared_experts=2),
-        RouterConfig(top_k=4),
+        TokenChoiceConfig(top_k=4),
         first_dense_layers=1,
     ),
     "deepseek_v2_yarn_groups": Family(
@@ -112,7 +112,7 @@ FAMILIES: dict[str, Family] = {
         ),
         _latent(32, yarn=True),
         MoEConfig(num_experts=8, expert_dim=40),
-        RouterConfig(top_k=4, route_scale=3.0, num_groups=4, top_groups=2, group_score=GroupScore.max),
+        TokenChoiceConfig(top_k=4, route_scale=3.0, num_groups=4, top_groups=2, group_score=GroupScore.max),
     ),
     "deepseek_v3_yarn": Family(
         lambda: DeepseekV3ForCausalLM(
@@ -125,7 +125,7 @@ FAMILIES: dict[str, Family] = {
         ),
         _latent(32, yarn=True),
         MoEConfig(num_experts=8, expert_dim=40),
-        RouterConfig(
+        TokenChoiceConfig(
             top_k=4, score=Score.sigmoid, normalize=True, route_scale=2.5, num_groups=4, top_groups=2
         ),
         first_dense_layers=1,
@@ -142,7 +142,7 @@ FAMILIES: dict[str, Family] = {
             num_heads=4, num_kv_heads=2, head_dim=24, qk_norm=QKNorm.head, rope=RopeConfig(theta=1e6)
         ),
         MoEConfig(num_experts=8, expert_dim=40, num_shared_experts=0),
-        RouterConfig(top_k=4, normalize=True),
+        TokenChoiceConfig(top_k=4, normalize=True),
     ),
     "olmoe": Family(
         lambda: OlmoeForCausalLM(
@@ -153,7 +153,7 @@ FAMILIES: dict[str, Family] = {
         ),
         GroupedQueryConfig(num_heads=4, num_kv_heads=4, qk_norm=QKNorm.full),
         MoEConfig(num_experts=8, expert_dim=40, num_shared_experts=0),
-        RouterConfig(top_k=4),
+        TokenChoiceConfig(top_k=4),
         norm_epsilon=1e-5,
     ),
     "mixtral": Family(
@@ -165,7 +165,7 @@ FAMILIES: dict[str, Family] = {
         ),
         GroupedQueryConfig(num_heads=4, num_kv_heads=2, rope=RopeConfig(theta=1e6)),
         MoEConfig(num_experts=8, expert_dim=40, num_shared_experts=0),
-        RouterConfig(top_k=2, normalize=True),
+        TokenChoiceConfig(top_k=2, normalize=True),
         norm_epsilon=1e-5,
     ),
 }  # fmt: skip

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 import moe_parallel.model.initialize as module
+from moe_kernels.hashing import hash_key
 from moe_parallel.engines.native import parallelize
 from moe_parallel.mesh import ParallelConfig, ParallelMesh, make_layout
 from moe_parallel.model.initialize import (
@@ -19,7 +20,6 @@ from moe_parallel.model.initialize import (
     fill_normal,
     hashed_normal,
     init_weights,
-    stream_key,
 )
 from moe_parallel.model.transformer import Transformer
 from tests.model.examples import ARCHITECTURES, GROUPED, LATENT
@@ -31,7 +31,7 @@ COUNT = 1 << 20
 def test_numbers_are_standard_normal() -> None:
     """A wrong constant in the hash or in the transform. Over 2^20 numbers each statistic has a known standard error;
     4.5 of them leave one false alarm in 100 000."""
-    z = hashed_normal(torch.arange(COUNT), stream_key(1, "a"))
+    z = hashed_normal(torch.arange(COUNT), hash_key(1, "a"))
     error = 1 / math.sqrt(COUNT)
     assert abs(float(z.mean())) < 4.5 * error
     assert abs(float(z.square().mean()) - 1) < 4.5 * error * math.sqrt(2)
@@ -48,7 +48,7 @@ def test_numbers_are_standard_normal() -> None:
 def test_neighbours_are_independent(lag: int) -> None:
     """A weak hash correlates the places of a regular grid: columns or rows of a matrix would repeat. Also of squares,
     which sees shared magnitudes. Standard errors as above (of products of unit variance; of squares variance 4)."""
-    z = hashed_normal(torch.arange(COUNT), stream_key(1, "a"))
+    z = hashed_normal(torch.arange(COUNT), hash_key(1, "a"))
     error = 1 / math.sqrt(COUNT - lag)
     a, b = z[lag:], z[:-lag]
     assert abs(float((a * b).mean())) < 4.5 * error
@@ -65,7 +65,7 @@ def test_parameters_and_seeds_are_independent() -> None:
         (12, "layers.0.x"),
         (1, "2layers.0.x"),
     ]
-    numbers = [hashed_normal(index, stream_key(seed, name)) for seed, name in streams]
+    numbers = [hashed_normal(index, hash_key(seed, name)) for seed, name in streams]
     for i, a in enumerate(numbers):
         for b in numbers[:i]:
             assert abs(float((a * b).mean())) < 4.5 / math.sqrt(COUNT)

@@ -8,13 +8,13 @@ import torch
 
 from moe_parallel.moe.balance import (
     BalanceConfig,
+    Level,
     balance_loss_sum,
     balance_terms,
     bias_step,
-    selection_counts,
     z_loss_sum,
 )
-from moe_parallel.moe.routing import ForwardContext, LayerContext, normalized_counts
+from moe_parallel.moe.routing import Choice, ForwardContext, LayerContext, normalized_counts
 
 
 def one_hot_scores(experts, num_experts):
@@ -23,8 +23,8 @@ def one_hot_scores(experts, num_experts):
 
 def terms(config, score_TE, expert_TK, shape, valid_T=None, **forward):
     context = LayerContext(layer=0, batch_shape=shape, valid_T=valid_T, forward=ForwardContext(**forward))
-    counts = selection_counts(expert_TK, score_TE.shape[1], context)
-    return balance_terms(config, score_TE, *counts, context)
+    found = balance_terms(config, (Level(score_TE),), Choice(expert_TK), score_TE.shape[1], context)
+    return found.weighted, found.value, found.step_count_E, found.used_share_E
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -62,7 +62,7 @@ def test_specialized_domains_cost_nothing_globally():
     for score_TE, expert_TK in batches:
         _, micro, _, _ = terms(BalanceConfig(micro_batch_coefficient=1.0), score_TE, expert_TK, (1, 8))
         assert float(micro) / 8 == pytest.approx(4.0, abs=1e-14)
-        exact = {"prior_count_LE": total_E[None], "prior_is_total": True}
+        exact = {"prior_count_LIE": total_E[None, None], "prior_is_total": True}
         _, value, _, used_E = terms(BalanceConfig(global_coefficient=1.0), score_TE, expert_TK, (1, 8), **exact)
         assert float(value) / 8 == pytest.approx(1.0, abs=1e-14)
         torch.testing.assert_close(used_E, normalized_counts(total_E), rtol=0, atol=0)
@@ -76,7 +76,7 @@ def test_buffered_counts_approach_the_global_value():
         expert_TK = torch.tensor([[2 * domain], [2 * domain + 1]] * 4)
         score_TE = one_hot_scores(expert_TK.flatten().tolist(), 8)
         config = BalanceConfig(global_coefficient=1.0)
-        _, value, step_count_E, _ = terms(config, score_TE, expert_TK, (1, 8), prior_count_LE=seen_E[None])
+        _, value, step_count_E, _ = terms(config, score_TE, expert_TK, (1, 8), prior_count_LIE=seen_E[None, None])
         seen_E = seen_E + step_count_E
         values.append(float(value) / 8)
     assert values == pytest.approx([4.0, 2.0, 4 / 3, 1.0], abs=1e-14)

@@ -16,7 +16,7 @@ from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.capacity import DropOrder, expert_capacity, keep_within_capacity
 from moe_parallel.moe.experts import SwiGLU
 from moe_parallel.moe.layer import MoEConfig, MoELayer
-from moe_parallel.moe.routers.token_choice import RouterConfig, Score
+from moe_parallel.moe.routers.token_choice import Score, TokenChoiceConfig
 from moe_parallel.moe.routing import ForwardContext, LayerContext, Replay
 
 DIM = 12
@@ -25,7 +25,7 @@ DIM = 12
 def make_layer(moe=None, router=None, balance=None, seed=0) -> MoELayer:
     moe = {"num_experts": 6, "expert_dim": 5, "num_shared_experts": 1, **(moe or {})}
     config = BalanceConfig(**(balance or {}))
-    layer = MoELayer(DIM, MoEConfig(**moe), RouterConfig(**{"top_k": 2, **(router or {})}), config, 0).double()
+    layer = MoELayer(DIM, MoEConfig(**moe), TokenChoiceConfig(**{"top_k": 2, **(router or {})}), config, 0).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -38,7 +38,9 @@ def tokens(count=10, seed=1):
 
 
 def context(count=10, training=True, valid_T=None, **forward):
-    return LayerContext(0, (1, count), valid_T, forward=ForwardContext(training=training, **forward))
+    return LayerContext(
+        layer=0, batch_shape=(1, count), valid_T=valid_T, forward=ForwardContext(training=training, **forward)
+    )
 
 
 def by_loop(layer, x_TD, keep=None):
@@ -126,8 +128,8 @@ def test_drop_order_equals_a_queue(num_tokens, top_k, capacity, order, seed):
 def test_capacity_drops_count_and_lose_their_share():
     """Dropped slots are counted, kept ones keep their weight unless renormalization is asked for."""
     layer = make_layer({"capacity_factor": 0.5})
-    out, stats = layer(tokens(), context())
-    expert_TK = layer.router.select(layer.router.scores(layer.router(tokens())), context())
+    out, (stats,) = layer(tokens(), context())
+    expert_TK = layer.router.select(layer.router.scores(layer.router(tokens(), context())), context()).expert
     capacity = expert_capacity(10, 2, 6, 0.5)
     keep_TK = keep_within_capacity(expert_TK, expert_TK.double(), capacity, 6, DropOrder.position)
     assert int(stats.dropped) == int((~keep_TK).sum()) > 0
@@ -138,8 +140,8 @@ def test_capacity_drops_count_and_lose_their_share():
 def test_renormalized_weights_keep_their_sum():
     """A token that lost a slot gives its weight to the ones it kept; one that lost all gets nothing."""
     layer = make_layer({"capacity_factor": 0.7, "renormalize_after_drop": True, "num_shared_experts": 0})
-    routing, _ = layer.route(tokens(), context())
-    score_TE = layer.router.scores(layer.router(tokens()))
+    routing, _ = layer.route(tokens(), layer.router, context())
+    score_TE = layer.router.scores(layer.router(tokens(), context()))
     full_T = score_TE.topk(2).values.sum(-1)
     kept_T = torch.zeros(10, dtype=torch.float64).index_add(0, routing.token_N, routing.weight_N)
     served = torch.zeros(10, dtype=torch.bool).index_fill(0, routing.token_N, True)
@@ -152,10 +154,10 @@ def test_padding_is_not_routed_nor_counted():
     """Padding that is sent to experts costs compute and, with a capacity, throws out real tokens."""
     layer, x_TD = make_layer({"capacity_factor": 1.0}), tokens()
     valid_T = torch.tensor([True] * 7 + [False] * 3)
-    routing, stats = layer.route(x_TD, context(valid_T=valid_T))
+    routing, stats = layer.route(x_TD, layer.router, context(valid_T=valid_T))
     assert int(routing.token_N.max()) < 7
     assert int(stats.count_E.sum()) == 14
-    assert float(stats.entropy) == pytest.approx(float(layer.route(x_TD[:7], context(7))[1].entropy))
+    assert float(stats.entropy) == pytest.approx(float(layer.route(x_TD[:7], layer.router, context(7))[1].entropy))
 
 
 @pytest.mark.parametrize(
@@ -197,8 +199,8 @@ def test_counts_are_returned_not_stored():
     """Buffers updated in forward double under recompute; a forward pass must leave no trace in the module."""
     layer = make_layer(balance={"bias_rate": 0.1, "global_coefficient": 0.1})
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    _, first = layer(tokens(), context())
-    _, second = layer(tokens(), context())
+    _, (first,) = layer(tokens(), context())
+    _, (second,) = layer(tokens(), context())
     assert torch.equal(first.count_E, second.count_E)
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
     assert dataclasses.fields(first)

@@ -8,23 +8,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_parallel.moe.routers.token_choice import GroupScore, RouterConfig, Score, TokenChoiceRouter
-from moe_parallel.moe.routing import LayerContext
+from moe_parallel.moe.routers.token_choice import GroupScore, Score, TokenChoiceConfig, TokenChoiceRouter
+from moe_parallel.moe.routing import Choice, LayerContext
 
 CONTEXT = LayerContext(layer=0, batch_shape=(1, 32))
 
 
 def make_router(num_experts=8, with_bias=False, dim=16, seed=0, **options) -> TokenChoiceRouter:
-    router = TokenChoiceRouter(dim, num_experts, RouterConfig(**options), with_bias).double()
+    router = TokenChoiceRouter(dim, num_experts, TokenChoiceConfig(**options), with_bias).double()
     with torch.no_grad():
         router.weight.copy_(torch.randn(num_experts, dim, generator=torch.Generator().manual_seed(seed)))
     return router
 
 
 def route(router, x):
-    score = router.scores(router(x))
-    expert = router.select(score, CONTEXT)
-    return score, expert, router.weights(score, expert)
+    logit = router(x, CONTEXT)
+    routed = router.route(logit, CONTEXT)
+    return router.scores(logit), routed.choice.expert, routed.weight
 
 
 X = torch.randn(32, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
@@ -48,9 +48,9 @@ def test_normalized_weights_sum_to_route_scale(score):
 
 def test_router_computes_in_float32_from_bf16_rows():
     """A product in bf16 flips near-ties and with them experts."""
-    router = TokenChoiceRouter(16, 8, RouterConfig(top_k=2), with_bias=False)
+    router = TokenChoiceRouter(16, 8, TokenChoiceConfig(top_k=2), with_bias=False)
     torch.nn.init.normal_(router.weight)
-    logits = router(X.bfloat16())
+    logits = router(X.bfloat16(), CONTEXT)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, X.bfloat16().float() @ router.weight.T, rtol=0, atol=0)
 
@@ -62,7 +62,7 @@ def test_bias_moves_the_choice_and_nothing_else():
     biased.bias[3] += 10.0
     score, expert, weight = route(biased, X)
     assert (expert == 3).any(-1).all()
-    assert torch.equal(weight, plain.weights(score, expert))
+    assert torch.equal(weight, plain.weights(score, Choice(expert)))
     assert not biased.bias.requires_grad
 
 
@@ -155,5 +155,5 @@ def test_forced_balance_is_balanced():
 def test_bad_options_are_refused_with_reason(options, experts, words):
     """Nothing is clamped: the message names option, value and relation."""
     with pytest.raises(ValueError) as error:  # noqa: PT011  the words are checked below
-        TokenChoiceRouter(16, experts, RouterConfig(**options), with_bias=False)
+        TokenChoiceRouter(16, experts, TokenChoiceConfig(**options), with_bias=False)
     assert all(word in str(error.value) for word in words)

@@ -19,11 +19,13 @@ from moe_parallel.model.initialize import InitConfig, init_weights
 from moe_parallel.model.latent_attention import LatentConfig
 from moe_parallel.model.loss import token_loss_sum
 from moe_parallel.model.transformer import Transformer
-from moe_parallel.moe.balance import BalanceConfig, GlobalEstimator, bias_step
-from moe_parallel.moe.layer import MoEConfig
-from moe_parallel.moe.routers.token_choice import RouterConfig
+from moe_parallel.moe.balance import BalanceConfig, GlobalEstimator
+from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
+from moe_parallel.moe.dispatch.ticket import DispatchConfig
+from moe_parallel.moe.layer import MoEConfig, MoELayer
 from moe_parallel.moe.routing import ForwardContext
 from moe_parallel.optim import OptimConfig
+from moe_parallel.options import ROUTERS
 from tests.batches import join_batches, make_batch
 
 SEQUENCE_TOKENS, VOCABULARY, SEED = 12, 37, 5
@@ -45,11 +47,16 @@ class Case:
     rows: int = 1
     """Sequences of one micro-batch of one rank."""
     num_experts: int = 4
+    kind: str = "token_choice"
+    """Of the router."""
     router: dict[str, Any] = field(default_factory=dict)
     balance: dict[str, Any] = field(default_factory=dict)
     moe: dict[str, Any] = field(default_factory=dict)
+    dispatch: DispatchConfig = field(default_factory=AllToAllConfig)
     latent_attention: bool = False
     tied: bool = False
+    whole_rows: bool = False
+    """No padding at all."""
     idle_rank: bool = False
     """The last rank gets only padding."""
     starved_rank: bool = False
@@ -72,7 +79,7 @@ class Case:
             model=ModelConfig(dim=16, num_layers=3, first_dense_layers=1, ffn_dim=24, tie_embeddings=self.tied),
             attention=attention,
             moe=MoEConfig(num_experts=self.num_experts, expert_dim=8, **self.moe),
-            router=RouterConfig(**{"top_k": 2, **self.router}),
+            router=ROUTERS[self.kind](**{"top_k": 2, **self.router}),
             balance=BalanceConfig(**self.balance),
             vocab_size=VOCABULARY,
         )
@@ -82,7 +89,7 @@ class Case:
         first = ((step * self.micro_batches + micro_batch) * self.world + rank) * self.rows
         if self.idle_rank and rank == self.world - 1:
             return make_batch([[] for _ in range(self.rows)], SEQUENCE_TOKENS, VOCABULARY, first)
-        plans = ([5, 7], [12], [3, 4, 2], [9], [6, 6])
+        plans = ([5, 7], [12], [6, 6]) if self.whole_rows else ([5, 7], [12], [3, 4, 2], [9], [6, 6])
         return make_batch(
             [plans[(first + row) % len(plans)] for row in range(self.rows)], SEQUENCE_TOKENS, VOCABULARY, first
         )
@@ -98,15 +105,20 @@ class Outcome:
     gradients: dict[str, Tensor]
     counts: Tensor
     dropped: float
-    biases: list[Tensor]
+    buffers: list[Tensor]
+    """What routers keep from step to step."""
 
 
 def _prepare(model: torch.nn.Module, case: Case) -> None:
     """Weights of a size at which routing is lively; a starved rank gets no token by construction."""
     for layer in moe_layers(model):
-        weight = layer.router.weight
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
-        local.data.mul_(20.0)
+        for router in layer.routers:
+            for weight in router.parameters():
+                local = weight.to_local() if isinstance(weight, DTensor) else weight
+                local.data.mul_(20.0)
+        if layer.later_scale is not None:  # it starts at 0, which would hide what it scales
+            scale = layer.later_scale
+            (scale.to_local() if isinstance(scale, DTensor) else scale).data.fill_(0.5)
         if case.starved_rank:
             assert layer.router.bias is not None
             half = case.num_experts // case.ep
@@ -126,7 +138,10 @@ def run_engine(case: Case, as_one: bool = False) -> list[Outcome]:
     mesh = ParallelMesh(layout, "cpu")
     compute = getattr(torch, case.dtype)
     master = torch.float64 if compute is torch.float64 else torch.float32
-    engine = NativeEngine(case.architecture(), mesh, parallel, OPTIM, torch.device("cpu"), compute, master)
+    dispatch = AllToAllConfig() if as_one else case.dispatch
+    engine = NativeEngine(
+        case.architecture(), mesh, parallel, OPTIM, torch.device("cpu"), compute, master, dispatch=dispatch
+    )
     engine.init_weights(InitConfig(std=0.1), SEED)
     _prepare(engine.model, case)
     outcomes = []
@@ -140,7 +155,7 @@ def run_engine(case: Case, as_one: bool = False) -> list[Outcome]:
         norm = engine.gradient_norm()
         gradients = {n: _full(p.grad) for n, p in engine.model.named_parameters() if p.grad is not None}
         engine.step(OPTIM.learning_rate, norm)
-        engine.update_router_bias(totals.count_LE)
+        engine.update_routers(totals)
         outcomes.append(
             Outcome(
                 loss=float(totals.cross_entropy) / int(sizes[0]),
@@ -149,10 +164,14 @@ def run_engine(case: Case, as_one: bool = False) -> list[Outcome]:
                 gradients=gradients,
                 counts=totals.count_LE,
                 dropped=float(totals.dropped_L.sum()),
-                biases=[layer.router.bias.clone() for layer in engine.layers if layer.router.bias is not None],
+                buffers=_buffers(engine.layers),
             )
         )
     return outcomes
+
+
+def _buffers(layers: list[MoELayer]) -> list[Tensor]:
+    return [value.clone() for layer in layers for router in layer.routers for value in router.buffers()]
 
 
 def _full(gradient: Tensor) -> Tensor:
@@ -172,53 +191,58 @@ def run_reference(case: Case) -> list[Outcome]:
         [{"params": matrices, "weight_decay": OPTIM.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=OPTIM.learning_rate, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.epsilon,
     )  # fmt: skip
-    previous_LE = torch.zeros(3, case.num_experts, dtype=torch.float64)
+    iterations = case.architecture().moe.chain.iterations
+    previous_LIE = torch.zeros(3, iterations, case.num_experts, dtype=torch.float64)
     outcomes = []
     for step in range(STEPS):
-        outcome, previous_LE = _reference_step(case, model, step, previous_LE)
+        outcome, previous_LIE, observed_LE = _reference_step(case, model, step, previous_LIE)
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.max_gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
-        for layer, count_E in zip(layers, outcome.counts):
-            if layer.router.bias is not None:
-                layer.router.bias.copy_(bias_step(layer.router.bias, count_E, case.balance["bias_rate"]))
-        outcome.biases = [layer.router.bias.clone() for layer in layers if layer.router.bias is not None]
+        rows = [(layer, router) for layer in layers for router in layer.routers]
+        for layer, router in dict.fromkeys(rows):
+            mine = [row for row, pair in enumerate(rows) if pair == (layer, router)]
+            router.after_step(outcome.counts[mine].sum(0), observed_LE[mine].mean(0), layer.balance)
+        outcome.buffers = _buffers(layers)
         outcomes.append(outcome)
     return outcomes
 
 
-def _reference_step(case: Case, model: Transformer, step: int, previous_LE: Tensor) -> tuple[Outcome, Tensor]:
+def _reference_step(case: Case, model: Transformer, step: int, previous_LIE: Tensor) -> tuple[Outcome, Tensor, Tensor]:
     grid = [[case.batch(step, m, r) for r in range(case.world)] for m in range(case.micro_batches)]
     groups = [[b] for row in grid for b in row] if case.per_rank_pool else grid
     batches = [join_batches(group) for group in groups]
     num_targets, num_valid = sum(b.num_targets for b in batches), sum(b.num_valid for b in batches)
     exact = case.balance.get("global_estimator") is GlobalEstimator.exact
-    total_LE = torch.zeros_like(previous_LE)
+    total_LIE = torch.zeros_like(previous_LIE)
     if exact:
         with torch.no_grad():
             for batch in batches:
                 for s in model(batch, ForwardContext(step=step))[1]:
-                    total_LE[s.layer] += s.step_count_E
-    seen_LE = torch.zeros_like(previous_LE)
+                    total_LIE[s.layer, s.iteration] += s.step_count_E
+    seen_LIE = torch.zeros_like(previous_LIE)
     loss = balance = dropped = torch.zeros((), dtype=torch.float64)
-    counts = torch.zeros(2, case.num_experts, dtype=torch.float64)
+    counts = torch.zeros(2 * previous_LIE.shape[1], case.num_experts, dtype=torch.float64)
+    observed_LE = torch.zeros_like(counts)
     for index, batch in enumerate(batches):
         left = (len(batches) - index - 1) / len(batches)
-        prior_LE = total_LE if exact else seen_LE + left * previous_LE
-        context = ForwardContext(step=step, prior_count_LE=prior_LE, prior_is_total=exact)
+        prior_LIE = total_LIE if exact else seen_LIE + left * previous_LIE
+        context = ForwardContext(step=step, prior_count_LIE=prior_LIE, prior_is_total=exact)
         logits, stats = model(batch, context)
         cross_entropy, extra = token_loss_sum(logits, batch.target_BS), sum(s.balance for s in stats)
         (cross_entropy / num_targets + extra / num_valid).backward()
         loss, balance = loss + cross_entropy.detach(), balance + extra.detach()
         dropped = dropped + sum(s.dropped for s in stats)
         counts += torch.stack([s.count_E for s in stats])
-        seen_LE = seen_LE.clone()
-        for s in stats:
+        seen_LIE = seen_LIE.clone()
+        for row, s in enumerate(stats):
             if s.step_count_E is not None:
-                seen_LE[s.layer] += s.step_count_E
+                seen_LIE[s.layer, s.iteration] += s.step_count_E
+            if s.observed_E is not None:
+                observed_LE[row] += s.observed_E / len(batches)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
     outcome = Outcome(
         float(loss) / num_targets, float(balance) / num_valid, float(norm), gradients, counts, float(dropped), []
     )
-    return outcome, seen_LE
+    return outcome, seen_LIE, observed_LE

@@ -161,7 +161,7 @@ def _step(engine: PlannedEngine, config: options.Config, rows: int, count: int) 
         gradients = {name: _shape(p.grad) for name, p in engine.model.named_parameters() if p.grad is not None}
     with seen:
         engine.step(config.optim.learning_rate, norm)
-        engine.update_router_bias(totals.count_LE)
+        engine.update_routers(totals)
     # Adam's moments exist from the first step on, so every later forward pass runs beside them.
     moments = [t for state in engine.optimizer.state.values() for t in state.values() if t.ndim > 0]
     seen.measured_bytes += sum(_local(t).nbytes for t in moments)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from moe_parallel.moe.balance import GlobalEstimator
 from moe_parallel.moe.capacity import DropOrder
+from moe_parallel.moe.chain import ChainConfig
+from moe_parallel.moe.dispatch.least_loaded import LeastLoadedConfig
+from moe_parallel.moe.dispatch.two_hop import TwoHopConfig
 from moe_parallel.moe.routers.token_choice import GroupScore, Score
 from tests.parity.cases import Case
 
@@ -77,8 +80,104 @@ EIGHT = [
     Case("ep 8, dense replicated, full recompute", 8, ep=8, shard=1, num_experts=8, recompute="full", balance=GLOBAL),
 ]  # fmt: skip
 
+CHAIN = {"chain": ChainConfig(iterations=2)}
+THREE = {
+    "chain": ChainConfig(iterations=3, renormalize="per_iteration", residual="initial", shared_every_iteration=False)
+}
+SHARED_CHAIN = {"chain": ChainConfig(iterations=2, own_routers=False, renormalize="shared", block="reference")}
+SCALED_CHAIN = {"chain": ChainConfig(iterations=3, learned_scale=True)}
+OUTER_CHAIN = {"chain": ChainConfig(iterations=2, residual="outer")}
+POOL = {"pool": "micro_batch", "pool_sequences": 1, "allow_leak": True}
+WHOLE = {"pool": "global_batch", "allow_leak": True}
+EVERYWHERE = {"pool": "data_parallel", "pool_sequences": 4, "allow_leak": True}
+THRESHOLD = {"training": "threshold", "pool": "data_parallel", "pool_sequences": 4, "score": Score.sigmoid}
+DEVICES = {"sequence_coefficient": 0.1, "device_coefficient": 0.2, "communication_coefficient": 0.3, "num_devices": 2}
+
+ROUTERS_TWO = [
+    Case("chain of 2, ep 2", 2, ep=2, moe=CHAIN, micro_batches=2, balance={**ALL_LOSSES, "bias_rate": 0.05}),
+    Case("chain of 2, ep 2, full recompute", 2, ep=2, moe=CHAIN, recompute="full", micro_batches=2, balance=ALL_LOSSES),
+    Case("chain of 3, norms, initial residual", 2, ep=2, moe=THREE, balance=ALL_LOSSES),
+    Case("chain of 2, one router, reference block", 2, ep=2, moe=SHARED_CHAIN, balance={**GLOBAL, "bias_rate": 0.05}),
+    Case("chain of 3, learned scale, sharded", 2, moe=SCALED_CHAIN, balance=GLOBAL, micro_batches=2),
+    Case("chain of 2, outer residual, replicated", 2, ep=2, shard=1, moe=OUTER_CHAIN, balance=GLOBAL),
+    Case("expert choice, sequences, ep 2", 2, ep=2, kind="expert_choice", router=POOL, rows=2),
+    Case("expert choice, sequences, full recompute", 2, ep=2, kind="expert_choice", router=POOL, recompute="full", micro_batches=2),
+    Case("expert choice, sequences, no padding", 2, ep=2, kind="expert_choice", router=POOL, rows=2, whole_rows=True),
+    Case("expert choice, global batch, ep 2", 2, ep=2, kind="expert_choice", router=WHOLE, rows=2),
+    Case("expert choice, all ranks, full recompute", 2, ep=2, kind="expert_choice", router=EVERYWHERE, rows=2, micro_batches=2, recompute="full"),
+    Case("expert choice, position, ep 2", 2, ep=2, kind="expert_choice", router={"pool": "position"}, rows=3),
+    Case("expert choice, idle rank", 2, ep=2, kind="expert_choice", router=WHOLE, rows=2, idle_rank=True),
+    Case("expert choice, capped", 2, ep=2, kind="expert_choice", router={**POOL, "max_experts_per_token": 3}),
+    Case("threshold, ep 2, 2 micro-batches", 2, ep=2, kind="expert_choice", router=THRESHOLD, rows=2, micro_batches=2),
+    Case("threshold, chain of 2", 2, ep=2, kind="expert_choice", router=THRESHOLD, rows=2, moe=CHAIN),
+    Case("bi-level, ep 2", 2, ep=2, kind="bi_level", balance=ALL_LOSSES, micro_batches=2),
+    Case("bi-level, a router per node, top 2 nodes", 2, ep=2, kind="bi_level", router={"local_router_per_node": True, "top_nodes": 2, "num_nodes": 4}, num_experts=8, balance=ALL_LOSSES),
+    Case("random, ep 2, full recompute", 2, ep=2, kind="random", recompute="full", micro_batches=2),
+    Case("hash, ep 2", 2, ep=2, kind="hash"),
+    Case("switch", 2, ep=2, moe=CAPACITY, router={"top_k": 1, "input_jitter": 0.1}, recompute="full"),
+    Case("gshard", 2, ep=2, router={"normalize": True, "random_second": True}, balance=GLOBAL, recompute="full"),
+    Case("losses over devices and communication", 2, ep=2, router=GROUPS_MAX, num_experts=8, balance=DEVICES, micro_batches=2),
+    Case("losses over devices of all ranks", 2, ep=2, balance={**DEVICES, "device_scope": "data_parallel"}),
+]  # fmt: skip
+
+ROUTERS_FOUR = [
+    Case("chain of 2, ep 4", 4, ep=4, moe=CHAIN, balance=ALL_LOSSES),
+    Case("chain of 2, ep 2 x expert shard 2, full recompute", 4, ep=2, moe=CHAIN, recompute="full", balance=ALL_LOSSES),
+    Case("chain of 3, ep 2 x replicas 2", 4, ep=2, shard=2, moe=THREE, balance=GLOBAL, micro_batches=2),
+    Case("expert choice, sequences, ep 4", 4, ep=4, kind="expert_choice", router=POOL, rows=2),
+    Case("expert choice, global batch, ep 4", 4, ep=4, kind="expert_choice", router=WHOLE, rows=2),
+    Case("expert choice, position, ep 2 x expert shard 2", 4, ep=2, kind="expert_choice", router={"pool": "position"}, rows=2),
+    Case("threshold, ep 4", 4, ep=4, kind="expert_choice", router={**THRESHOLD, "pool_sequences": 4}),
+    Case("bi-level, ep 4", 4, ep=4, kind="bi_level", num_experts=8, balance=ALL_LOSSES),
+    Case("random, ep 4", 4, ep=4, kind="random"),
+    Case("hash, ep 4, idle rank", 4, ep=4, kind="hash", idle_rank=True),
+    Case("expert choice, sequences, no padding, ep 4", 4, ep=4, kind="expert_choice", router=POOL, whole_rows=True),
+    Case("losses over devices, ep 4", 4, ep=4, router=GROUPS_MAX, num_experts=8, balance=DEVICES),
+]  # fmt: skip
+
+SPILL = LeastLoadedConfig(threshold=1.0, min_chunk_rows=1)
+TWO_NODES = TwoHopConfig(ranks_per_node=2)
+FOUR_NODES = TwoHopConfig(ranks_per_node=1)
+
+DISPATCH_TWO = [
+    Case("least loaded, ep 2", 2, ep=2, dispatch=SPILL, balance=ALL_LOSSES, micro_batches=2),
+    Case("least loaded, no token for the second rank", 2, ep=2, dispatch=SPILL, starved_rank=True, balance=BIAS),
+    Case("least loaded, full recompute", 2, ep=2, dispatch=SPILL, starved_rank=True, balance=BIAS, recompute="full", micro_batches=2),
+    Case("least loaded, chain of 2, selective recompute", 2, ep=2, dispatch=SPILL, moe=CHAIN, recompute="selective", balance=GLOBAL),
+    Case("least loaded, threshold router", 2, ep=2, dispatch=SPILL, kind="expert_choice", router=THRESHOLD, rows=2),
+    Case("two hops, two nodes of one rank", 2, ep=2, dispatch=FOUR_NODES, balance=ALL_LOSSES, micro_batches=2),
+]  # fmt: skip
+
+DISPATCH_FOUR = [
+    Case("least loaded, ep 4, three ranks without a token", 4, ep=4, dispatch=SPILL, num_experts=8, starved_rank=True, balance=BIAS),
+    Case("least loaded, ep 2 x expert shard 2", 4, ep=2, dispatch=SPILL, starved_rank=True, balance=BIAS),
+    Case("least loaded, ep 2 x replicas 2, capacity", 4, ep=2, shard=2, dispatch=SPILL, moe=CAPACITY, micro_batches=2),
+    Case("least loaded, below its threshold", 4, ep=4, dispatch=LeastLoadedConfig(threshold=100.0), balance=GLOBAL),
+    Case("least loaded, bi-level, idle rank", 4, ep=4, dispatch=SPILL, kind="bi_level", idle_rank=True, balance=GLOBAL),
+    Case("two hops, 2 nodes of 2", 4, ep=4, dispatch=TWO_NODES, balance=ALL_LOSSES),
+    Case("two hops, bi-level, full recompute", 4, ep=4, dispatch=TWO_NODES, kind="bi_level", recompute="full", balance=ALL_LOSSES, micro_batches=2),
+    Case("two hops, top 4 of 8, groups", 4, ep=4, dispatch=TWO_NODES, num_experts=8, router={**GROUPS_MAX, "top_k": 4}, balance=GLOBAL),
+    Case("two hops, 4 nodes of 1, capacity", 4, ep=4, dispatch=FOUR_NODES, moe=CAPACITY_BY_WEIGHT, micro_batches=2),
+    Case("two hops, expert choice", 4, ep=4, dispatch=TWO_NODES, kind="expert_choice", router=POOL, rows=2),
+    Case("two hops, expert choice, no padding", 4, ep=4, dispatch=TWO_NODES, kind="expert_choice", router=POOL, whole_rows=True),
+    Case("two hops, chain of 2, three ranks without a token", 4, ep=4, dispatch=TWO_NODES, moe=CHAIN, num_experts=8, starved_rank=True, balance=BIAS),
+    Case("two hops, idle rank, dense replicated", 4, ep=4, shard=1, dispatch=TWO_NODES, idle_rank=True, balance=GLOBAL),
+]  # fmt: skip
+
 BFLOAT16 = [
     Case("bf16, sharded", 2, dtype="bfloat16", balance=ALL_LOSSES, rows=2),
     Case("bf16, ep 2, 2 micro-batches", 2, ep=2, dtype="bfloat16", balance=ALL_LOSSES, micro_batches=2),
+    Case("bf16, chain of 2, one router", 2, ep=2, dtype="bfloat16", moe=SHARED_CHAIN, balance=GLOBAL, rows=2),
+    Case(
+        "bf16, chain of 2, full recompute",
+        2,
+        ep=2,
+        dtype="bfloat16",
+        moe=CHAIN,
+        recompute="full",
+        balance=GLOBAL,
+        rows=2,
+    ),
+    Case("bf16, least loaded", 2, ep=2, dtype="bfloat16", dispatch=SPILL, balance=GLOBAL, rows=2),
     Case("bf16, ep 2, full recompute", 2, ep=2, dtype="bfloat16", recompute="full", balance=ALL_LOSSES, rows=2),
 ]

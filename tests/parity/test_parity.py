@@ -25,6 +25,7 @@ EXACT = 1e-12
 # weight gradients of each rank are rounded to bf16 before the float32 sum (u each), and activations that saw another
 # order of sums may differ by one rounding, through at most a dozen operations in a row. 16 u bounds their sum.
 BF16 = 16 * 2**-9
+SMALL = ["TWO", "FOUR", "ROUTERS_TWO", "ROUTERS_FOUR", "DISPATCH_TWO", "DISPATCH_FOUR"]
 
 
 def run_cases(cases: list[Case], as_one: bool = False) -> list[list[Outcome]]:
@@ -61,8 +62,8 @@ def check(case: Case, got: list[Outcome], wanted: list[Outcome], tier: str, reco
         if exact:  # in bf16 a near-tie between experts may fall either way
             assert torch.equal(mine.counts, theirs.counts), f"{where}: counts"
             assert mine.dropped == theirs.dropped, f"{where}: drops"
-        assert len(mine.biases) == len(theirs.biases), where
-        for a, b in zip(mine.biases, theirs.biases):
+        assert len(mine.buffers) == len(theirs.buffers), where
+        for a, b in zip(mine.buffers, theirs.buffers):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     record(case, tier, worst, tolerance)
 
@@ -71,11 +72,13 @@ def check(case: Case, got: list[Outcome], wanted: list[Outcome], tier: str, reco
 def references() -> dict[str, list[Outcome]]:
     """One plain process, computed once for both tiers."""
     torch.set_num_threads(1)
-    cases = [*table.ONE, *table.TWO, *table.FOUR, *table.EIGHT]
+    cases = [*table.ONE, *table.TWO, *table.FOUR, *table.EIGHT, *table.ROUTERS_TWO, *table.ROUTERS_FOUR]
+    cases += [*table.DISPATCH_TWO, *table.DISPATCH_FOUR]
+    assert len({case.name for case in cases}) == len(cases), "references are found by name"
     return {case.name: run_reference(case) for case in cases}
 
 
-@pytest.mark.parametrize("rows", ["ONE", "TWO", "FOUR", "EIGHT"])
+@pytest.mark.parametrize("rows", ["ONE", *SMALL, "EIGHT"])
 def test_threads(rows, references, parity_table):
     """A missing, doubled or wrongly scaled reduction leaves the loss right and the gradient wrong."""
     cases = getattr(table, rows)
@@ -83,7 +86,7 @@ def test_threads(rows, references, parity_table):
         check(case, got, references[case.name], "threads", parity_table)
 
 
-@pytest.mark.parametrize("rows", ["TWO", "FOUR"])
+@pytest.mark.parametrize("rows", SMALL)
 def test_processes(rows, references, parity_table):
     """The same table over gloo: catches what threads hide, such as a collective that one rank does not join."""
     cases = getattr(table, rows)

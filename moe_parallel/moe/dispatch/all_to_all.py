@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pydantic.dataclasses
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_kernels.permute import chunk_order, combine_rows, gather_rows, invert_permutation
 from moe_parallel.collectives import all_to_all_rows, exchange_counts
+from moe_parallel.moe.dispatch.ticket import DispatchConfig, Ticket
 from moe_parallel.moe.routing import LayerContext, Routing
 
 
-@dataclass(frozen=True)
-class ExchangeTicket:
+@pydantic.dataclasses.dataclass(kw_only=True)
+class AllToAllConfig(DispatchConfig):
+    """One exchange between all ranks of `ep`; there is nothing to choose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeTicket(Ticket):
     """What `combine` needs to know of the matching `dispatch`."""
 
     num_tokens: int
@@ -25,8 +32,6 @@ class ExchangeTicket:
     """Rows from each rank."""
     order_R: Tensor
     """Permutation from arrival order to expert order."""
-    host_counts: Sequence[int]
-    """Rows of each local expert."""
 
 
 class AllToAllDispatcher:
@@ -52,12 +57,14 @@ class AllToAllDispatcher:
         rows_RD = all_to_all_rows(rows_ND, received, sent, self.group)
         order_R = context.once("order", lambda: chunk_order(arriving_PL, sum(received)))
         rows_RD = gather_rows(rows_RD, order_R, invert_permutation(order_R).unsqueeze(1))
-        host_counts = [sum(column) for column in zip(*arriving)]
-        return (
-            rows_RD,
-            arriving_PL.sum(0),
-            ExchangeTicket(x_TD.shape[0], sent, received, order_R, host_counts),
+        ticket = ExchangeTicket(
+            num_tokens=x_TD.shape[0],
+            sent=sent,
+            received=received,
+            order_R=order_R,
+            host_counts=[sum(column) for column in zip(*arriving)],
         )
+        return rows_RD, arriving_PL.sum(0), ticket
 
     def combine(self, rows_RD: Tensor, routing: Routing, ticket: ExchangeTicket) -> Tensor:
         """Rows (R, D) back to their sources, then the weighted sum of each token's slots: (T, D)."""

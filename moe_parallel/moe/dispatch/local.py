@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from moe_kernels.permute import combine_rows, gather_rows
+from moe_parallel.moe.dispatch.ticket import Ticket
 from moe_parallel.moe.routing import LayerContext, Routing
 
 
-@dataclass(frozen=True)
-class LocalTicket:
+@dataclass(frozen=True, kw_only=True)
+class LocalTicket(Ticket):
     """What `combine` needs to know of the matching `dispatch`."""
 
     num_tokens: int
-    host_counts: Sequence[int] | None
 
 
 class LocalDispatcher:
@@ -28,7 +27,7 @@ class LocalDispatcher:
         host_counts = None
         if routing.uniform_count is not None:
             host_counts = [routing.uniform_count] * routing.count_E.numel()
-        return rows_ND, routing.count_E, LocalTicket(x_TD.shape[0], host_counts)
+        return rows_ND, routing.count_E, LocalTicket(num_tokens=x_TD.shape[0], host_counts=host_counts)
 
     def combine(self, rows_ND: Tensor, routing: Routing, ticket: LocalTicket) -> Tensor:
         """Weighted sum of each token's expert outputs: (N, D) -> (T, D)."""
