@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 RANKS ?= 2
 ARGS ?=
 
-.PHONY: install train test parity bench bench-skew check format help clean
+.PHONY: install train test parity bench bench-nodes bench-skew check format help clean
 
 help:
 	@echo "make install   create .venv with pinned dependencies"

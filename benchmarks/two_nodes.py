@@ -2,9 +2,9 @@
 
 Four gloo ranks live in two network namespaces, two in each. The namespaces are joined by a virtual cable whose rate a
 token-bucket filter limits; ranks of one namespace talk over its loopback. In one run, with arms in turn: the exchange
-alone (dispatch and combine, forward and backward), and whole training steps. All-to-alls are counted on their way in, by
-level; what the cable carried is read from its counters. A model of time = messages * alpha + bytes / beta, with both
-measured in the same run, is compared with the measured times and carried over to 16 nodes of 8 GPUs.
+alone (dispatch and combine, forward and backward), and whole training steps. All-to-alls are counted by level, on their
+way in; what the cable carried is read from its counters. A model of time = messages * alpha + bytes / beta, with both
+measured in the same run, stands beside the measured times and is carried over to 16 nodes of 8 GPUs.
 
     sudo python benchmarks/two_nodes.py             prints tables; needs `ip` and `tc`
     sudo python benchmarks/two_nodes.py --write     also writes them into docs/benchmarks.md
@@ -179,14 +179,15 @@ def measure_link(group: dist.ProcessGroup, streams: int) -> dict[str, float]:
         streams: groups that share the link; they measure at the same time.
     """
     seconds = {}
-    for size in (1, 2**20):
+    for size, in_a_row, repeats in ((1, 10, 30), (2**20, 2, 6)):
         rows, times = torch.zeros(2 * size), []
-        for _ in range(25 if size == 1 else 7):
+        for _ in range(repeats):
             dist.barrier()
             began = time.perf_counter()
-            dist.all_to_all_single(torch.empty_like(rows), rows, group=group)
-            times.append(time.perf_counter() - began)
-        longest = torch.tensor(times[2:], dtype=torch.float64)
+            for _ in range(in_a_row):
+                dist.all_to_all_single(torch.empty_like(rows), rows, group=group)
+            times.append((time.perf_counter() - began) / in_a_row)
+        longest = torch.tensor(times[1:], dtype=torch.float64)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         seconds[size] = float(longest.median())
     return {"alpha_seconds": seconds[1], "bytes_per_second": streams * 4 * 2**20 / (seconds[2**20] - seconds[1])}
@@ -242,14 +243,12 @@ def training_arms() -> dict[str, Callable[[int], None]]:
     """Whole steps: forward, loss, backward, reductions, clipping, AdamW, router updates."""
 
     def arm(router: str, transport: str) -> Callable[[int], None]:
-        config = compose_config((*MODEL, *ROUTERS[router]))
+        config = compose_config((*MODEL, *ROUTERS[router], f"dispatch={transport}"))
         mesh = ParallelMesh(make_layout(config.parallel, RANKS, EXPERTS), "cpu")
         shape = options.architecture(config, SHAPE.vocabulary)
-        engine = NativeEngine(shape, mesh, config.parallel, config.optim, torch.device("cpu"), torch.float32)
-        if transport == "two_hop":
-            dispatcher = TwoHopDispatcher(*mesh.node_groups(PER_NODE))
-            for layer in engine.layers:
-                layer.dispatcher = dispatcher
+        engine = NativeEngine(
+            shape, mesh, config.parallel, config.optim, torch.device("cpu"), torch.float32, dispatch=config.dispatch
+        )
         engine.init_weights(config.init, seed=0)
         targets = RANKS * SHAPE.rows * SHAPE.sequence
 

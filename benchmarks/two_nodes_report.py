@@ -1,4 +1,4 @@
-"""What `two_nodes.py` measured as text: tables, the alpha-beta model beside them, and the model at 16 nodes of 8 GPUs."""
+"""What `two_nodes.py` measured, as text: tables with the alpha-beta model, and that model at 16 nodes of 8 GPUs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class Cluster:
 
 CLUSTERS = (
     Cluster("400 Gbit/s a GPU", 5e-6, 50e9, 2e-6, 450e9),
+    Cluster("the same, messages free", 0.0, 50e9, 0.0, 450e9),
     Cluster("400 Gbit/s a node", 20e-6, 6.25e9, 2e-6, 300e9),
 )
-"""InfiniBand and NVLink of today; and a node whose eight GPUs share one such link, as in the clusters of 2022."""
+"""InfiniBand and NVLink of today, also by bytes alone; a node whose eight GPUs share one such link, as in 2022."""
 
 
 @dataclass(frozen=True)
@@ -182,16 +183,17 @@ def needed_share(cluster: Cluster, tokens: int) -> str:
 def exchange_text(found: dict[str, Any]) -> str:
     """What the link is and the exchange alone."""
     facts, here = found["facts"], measured_cluster(found)
-    return f"""{facts["date"]}, {facts["processor"]}, {facts["cores"]} cores, torch {facts["torch"]}; `make bench-nodes`
+    cores = facts["cores"]
+    return f"""{facts["date"]}, {facts["processor"]}, {cores} cores, torch {facts["torch"]}; `make bench-nodes`
 
-Link: {facts["megabits"]} Mbit/s each way by a token bucket of 256 kB; no latency is added (this kernel has no filter for
-it). Measured in the run, with all ranks at it: across {1e3 * here.across_alpha:.2f} ms a message and
-{2 * here.across_beta / 1e6:.0f} MB/s for the two ranks of a node; within {1e3 * here.within_alpha:.2f} ms a message and
-{here.within_beta / 1e6:.0f} MB/s a rank. A message's time is that of gloo and four processes on {facts["cores"]} cores.
+Link: {facts["megabits"]} Mbit/s each way by a token bucket of 256 kB; no latency is added. Measured in the run, with
+all ranks at it: across {1e3 * here.across_alpha:.2f} ms a message and {2 * here.across_beta / 1e6:.0f} MB/s for the two
+ranks of a node; within {1e3 * here.within_alpha:.2f} ms a message and {here.within_beta / 1e6:.0f} MB/s a rank. A
+message's time is that of gloo and four processes on {cores} cores, and moves with the load of the machine.
 
-Exchange alone: {facts["tokens"]} tokens a rank, {facts["width"]} float32 numbers a row, {facts["experts"]} experts on 2 x 2
-ranks, dispatch and combine, forward and backward; the slowest rank of each round. Bytes and messages are those of a mean
-rank. Model: messages * alpha + bytes / beta, summed over both levels, with the alphas and betas above.
+Exchange alone: {facts["tokens"]} tokens a rank unless it says otherwise, {facts["width"]} float32 numbers a row,
+{facts["experts"]} experts on 2 x 2 ranks; dispatch and combine, forward and backward; the slowest rank of each round.
+Bytes and messages are those of a mean rank. Model: messages * alpha + bytes / beta, summed over both levels.
 
 {exchange_table(found)}"""
 
@@ -199,25 +201,30 @@ rank. Model: messages * alpha + bytes / beta, summed over both levels, with the 
 def training_text(found: dict[str, Any]) -> str:
     """Whole steps."""
     facts = found["facts"]
-    return f"""Whole training steps of a model whose experts dominate: {facts["training_tokens"]} tokens a rank and step,
-float32, `{" ".join(facts["model"])}`; forward, backward, reductions, clipping, AdamW. No capacity limit and no jitter in any
-arm. Dense weights are replicated: the sum of their gradients crosses the cable too, the same in all arms, and is in the
-step time; "into reductions" is what a rank puts into it, "on the cable" is all that left a node, protocol included.
+    model, tokens = " ".join(facts["model"]), facts["training_tokens"]
+    return f"""Whole training steps of a model whose experts dominate: {tokens} tokens a rank and step, float32,
+`{model}`; forward, backward, reductions, clipping, AdamW. No capacity limit and no
+jitter in any arm. Dense weights are replicated: the sum of their gradients crosses the cable too, the same in all arms,
+and is in the step time; "into reductions" is what a rank puts into it, "on the cable" all that left a node, protocol
+included.
 
 {training_table(found)}"""
 
 
 def model_text() -> str:
     """The extrapolation."""
-    clusters = "; ".join(
-        f"{c.name}: {1e6 * c.across_alpha:.0f} us and {c.across_beta / 1e9:g} GB/s across, {1e6 * c.within_alpha:.0f} us and "
-        f"{c.within_beta / 1e9:g} GB/s within" for c in CLUSTERS
-    )  # fmt: skip
-    return f"""**A model, not a measurement**: the exchange of one layer on {NODES} nodes of {NODE_GPUS} GPUs, forward and
-backward, in ms, and in parentheses the speed against Switch with `all_to_all`. Assumed: rows of {WIDTH} bf16 numbers, as many
-experts as GPUs, equal loads; messages one after another at a fixed cost each, no congestion, nothing hidden behind compute,
-no time for packing rows. Networks, a GPU: {clusters}. The last column is the share of Switch's step that its exchange
-would have to take for SMILE to train 2.5 times as fast, as its paper reports for 16 nodes.
+    assumed = "; ".join(
+        f"{c.name}: {1e6 * c.across_alpha:.0f} us and {c.across_beta / 1e9:g} GB/s across, "
+        f"{1e6 * c.within_alpha:.0f} us and {c.within_beta / 1e9:g} GB/s within"
+        for c in CLUSTERS
+    )
+    return f"""**A model, not a measurement**: the exchange of one layer on {NODES} nodes of {NODE_GPUS} GPUs, forward
+and backward, in ms; in parentheses the speed against Switch with `all_to_all`. Assumed: rows of {WIDTH} bf16 numbers, as
+many experts as GPUs, equal loads, messages one after another at a fixed cost each, no congestion, nothing hidden behind
+compute, no time for packing rows. Each GPU has, with time a message and rate:
+{assumed}.
+The last column is the share of Switch's step that its exchange would have to take for SMILE to train 2.5 times as fast,
+as its paper reports for 16 nodes.
 
 {model_table()}"""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -64,6 +65,15 @@ def read_environment() -> tuple[int, int, int]:
     if "SLURM_PROCID" in env and "MASTER_ADDR" in env:
         return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
     return 0, 1, 0
+
+
+def ranks_per_node() -> int | None:
+    """Ranks on each host, from torchrun or srun; None where neither says, or where hosts have different numbers."""
+    if local := os.environ.get("LOCAL_WORLD_SIZE"):
+        return int(local)
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 8(x16); 8(x2),4 if hosts differ
+    found = re.fullmatch(r"(\d+)(\(x\d+\))?", tasks)
+    return int(found.group(1)) if found and "MASTER_ADDR" in os.environ else None
 
 
 def say(text: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 KINDS = "kinds"
-"""In the metadata of a field: the dataclasses that a choice of its group may bring."""
+"""In the metadata of a field: the dataclasses that a choice of its group may bring, by name."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Option:
     default: str
     text: str
     choices: tuple[tuple[str, str], ...]
+    kinds: tuple[str, ...] = ()
+    """Which kinds of its section have it; none if all do."""
 
 
 @cache
@@ -39,12 +41,25 @@ def describe(root: type) -> tuple[Option, ...]:
     found: list[Option] = []
     hints, texts = typing.get_type_hints(root), _field_texts(root)
     for field in dataclasses.fields(root):
-        for kind in field.metadata.get(KINDS, (hints[field.name],)):
-            if dataclasses.is_dataclass(kind):
-                found += _section_options(field.name, typing.cast(type, kind))
-            else:
-                found.append(Option(field.name, kind.__name__, _default_text(field), texts.get(field.name, ""), ()))
-    return tuple(dict.fromkeys(found))
+        hint = hints[field.name]
+        if kinds := field.metadata.get(KINDS):
+            found += _options_of_kinds(field.name, kinds)
+        elif dataclasses.is_dataclass(hint):
+            found += _section_options(field.name, typing.cast(type, hint))
+        else:
+            found.append(Option(field.name, hint.__name__, _default_text(field), texts.get(field.name, ""), ()))
+    return tuple(found)
+
+
+def _options_of_kinds(section: str, kinds: dict[str, type]) -> list[Option]:
+    """Options that all kinds share first, then those of some, each with their names."""
+    having: dict[Option, list[str]] = {}
+    for name, kind in kinds.items():
+        for option in _section_options(section, kind):
+            having.setdefault(option, []).append(name)
+    shared = [option for option, names in having.items() if len(names) == len(kinds)]
+    others = [dataclasses.replace(o, kinds=tuple(names)) for o, names in having.items() if len(names) < len(kinds)]
+    return shared + others
 
 
 def did_you_mean(wrong: str, names: Iterable[str]) -> str:
@@ -158,7 +173,8 @@ def help_text(root: type, config_folders: list[Path]) -> str:
         if head != section:
             section = head
             lines += ["", f"{section}" if section else "Top level"]
-        lines.append(f"  {option.name}={option.default}  ({option.type})")
+        kinds = f"; {', '.join(option.kinds)}" if option.kinds else ""
+        lines.append(f"  {option.name}={option.default}  ({option.type}{kinds})")
         lines += textwrap.wrap(option.text, 104, initial_indent="      ", subsequent_indent="      ")
         if not any(text for _, text in option.choices):
             lines += textwrap.wrap(", ".join(value for value, _ in option.choices), 104, initial_indent=" " * 8)

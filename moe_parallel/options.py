@@ -84,11 +84,11 @@ class Config:
     """The whole configuration. Top-level keys are also the names of Hydra's groups."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    attention: AttentionConfig = dataclasses.field(default=MISSING, metadata={KINDS: tuple(ATTENTIONS.values())})
+    attention: AttentionConfig = dataclasses.field(default=MISSING, metadata={KINDS: ATTENTIONS})
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
-    router: RouterConfig = dataclasses.field(default=MISSING, metadata={KINDS: tuple(ROUTERS.values())})
+    router: RouterConfig = dataclasses.field(default=MISSING, metadata={KINDS: ROUTERS})
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
-    dispatch: DispatchConfig = dataclasses.field(default=MISSING, metadata={KINDS: tuple(DISPATCHES.values())})
+    dispatch: DispatchConfig = dataclasses.field(default=MISSING, metadata={KINDS: DISPATCHES})
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)

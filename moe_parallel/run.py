@@ -108,6 +108,8 @@ class _Run:
         )
         try:
             path = self._checkpoint_to_load(checkpointer)
+            if path is None and self.config.init.weights is not None:
+                _checkpoint("init.weights", self.config.init.weights, "give a path to step_00001000, or null")
             if path is not None and launch.on_first(self._is_finished):
                 steps = self.config.train.steps
                 log.info("%s is finished at step %d; raise train.steps to go on", self.folder.path, steps)
@@ -147,6 +149,9 @@ class _Run:
         extra: dict[str, Any] | None = None
         if path is None:
             engine.init_weights(config.init, config.train.seed)
+            if config.init.weights is not None:
+                new = checkpointer.load_weights(Path(config.init.weights), engine.model)
+                log.info("weights from %s; new: %s", config.init.weights, ", ".join(new) or "none")
         else:
             extra = checkpointer.load(path, engine.model, engine.optimizer, identity)
             data.load_state_dict(extra["data"])  # before anything is written: it may be of other data
@@ -211,12 +216,7 @@ class _Run:
             return None
         if resume == "auto":
             return checkpointer.latest()
-        path = Path(resume)
-        if not (path / "meta.json").is_file():
-            found = sorted(path.glob("**/step_*/meta.json"))
-            hint = f"; did you mean {found[-1].parent}?" if found else "; use never, auto, or a path to step_00001000"
-            raise ConfigError([f"resume={resume} is not a checkpoint{hint}"])
-        return path
+        return _checkpoint("resume", resume, "use never, auto, or a path to step_00001000")
 
     def _is_finished(self) -> bool:
         if self.config.resume != "auto" or not self.folder.result.exists():
@@ -283,6 +283,16 @@ class _Run:
             training_flops_per_token(shape, self.config.train.sequence_tokens),
             peak * self.here.world if peak is not None else None,
         )
+
+
+def _checkpoint(option: str, value: str, otherwise: str) -> Path:
+    """The checkpoint that an option names."""
+    path = Path(value)
+    if not (path / "meta.json").is_file():
+        found = sorted(path.glob("**/step_*/meta.json"))
+        hint = f"did you mean {found[-1].parent}?" if found else otherwise
+        raise ConfigError([f"{option}={value} is not a checkpoint; {hint}"])
+    return path
 
 
 # -- the end of a run ----------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ class StepSums:
     z_square_L: Tensor
     entropy_L: Tensor
     dropped_L: Tensor
+    unserved_L: Tensor
     count_LE: Tensor
     """Slots per expert before drops."""
     observed_LE: Tensor
@@ -48,6 +49,7 @@ class StepSums:
             z_square_L=zero(num_layers),
             entropy_L=zero(num_layers),
             dropped_L=zero(num_layers),
+            unserved_L=zero(num_layers),
             count_LE=zero(num_layers, num_experts),
             observed_LE=zero(num_layers, num_experts),
             observations_L=zero(num_layers),
@@ -62,6 +64,7 @@ class StepSums:
             self.z_square_L[row] += layer.z_square
             self.entropy_L[row] += layer.entropy
             self.dropped_L[row] += layer.dropped
+            self.unserved_L[row] += layer.unserved
             self.count_LE[row] += layer.count_E
             if layer.observed_E is not None:
                 self.observed_LE[row] += layer.observed_E
@@ -84,7 +87,8 @@ def expert_metrics(sums: StepSums, num_valid: int, names: list[str]) -> dict[str
         names: of the passes, such as layer_3 or layer_3/iteration_1.
     Returns:
         Names of the metrics contract. `max_over_mean` is the load of the fullest expert relative to the mean, the
-        worst layer in `experts/max_over_mean`; `dead` counts experts of all layers that got no token.
+        worst layer in `experts/max_over_mean`; `dead` counts experts of all layers that got no token; `per_token` is
+        the mean number of experts chosen for a token in a pass, `tokens_without_percent` the share that got none.
     """
     if not names:
         return {}
@@ -97,6 +101,8 @@ def expert_metrics(sums: StepSums, num_valid: int, names: list[str]) -> dict[str
         "experts/max_over_mean": float(load_LE.max()),
         "experts/dead": float((count_LE == 0).sum()),
         "experts/dropped_percent": 100.0 * float(sums.dropped_L.sum()) / max(slots, 1.0),
+        "experts/per_token": slots / num_valid / len(names),
+        "experts/tokens_without_percent": 100.0 * float(sums.unserved_L.mean()) / num_valid,
         "experts/entropy_nats": float(sums.entropy_L.mean()) / num_valid,
     }
     for name, load_E in zip(names, load_LE):

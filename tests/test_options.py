@@ -97,6 +97,8 @@ def test_a_choice_wins_over_the_model(model: str) -> None:
     """Would catch: `moe=classic` that changes nothing, because the preset of the model is merged after it."""
     for group in ("moe", "router", "balance", "optim", "parallel"):
         for path in sorted((CONFIGS / group).glob("*.yaml")):
+            if path.stem == "plugin":  # no router until it is told which
+                continue
             chosen = OmegaConf.to_container(OmegaConf.load(path))
             assert isinstance(chosen, dict)
             chosen.pop("defaults", None)

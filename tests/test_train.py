@@ -17,6 +17,7 @@ from tests.runs import TORCHRUN, TRAIN, Runner, checkpoints, curve, rows
 EVERY_LINE = {
     *("step", "tokens", "loss/cross_entropy_nats", "loss/total_nats", "loss/balance", "loss/z", "grad/norm"),
     *("optim/learning_rate", "experts/max_over_mean", "experts/dead", "experts/dropped_percent"),
+    *("experts/per_token", "experts/tokens_without_percent"),
     *("experts/entropy_nats", "experts/layer_1/max_over_mean", "speed/tokens_per_second", "time/step_seconds"),
     *("memory/peak_GiB", "balance/global_estimate_error"),
 }

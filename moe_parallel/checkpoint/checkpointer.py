@@ -30,6 +30,7 @@ from moe_parallel.checkpoint.folder import CheckpointError, UnusableCheckpointEr
 from moe_parallel.checkpoint.reader import SafeReader
 from moe_parallel.checkpoint.state import (
     check_entries,
+    common_entries,
     empty_extra,
     empty_optimizer_state,
     join_extra,
@@ -233,6 +234,22 @@ class Checkpointer:
         if optimizer is not None:
             set_optimizer_state(optimizer, model_tensors, moments)
         return join_extra(json.loads((path / folders.EXTRA).read_text()), extra_tensors)
+
+    def load_weights(self, path: Path, model: nn.Module) -> list[str]:
+        """Fill a model from a checkpoint of it or of one with fewer parts; what that does not have is left as it is.
+
+        Returns:
+            Names of the parameters and buffers that were left.
+        Raises:
+            UnusableCheckpointError: damaged, with weights that this model does not have or of other shapes.
+        """
+        self.wait()
+        reader = SafeReader(path, set(folders.read_meta(path)["files"]))
+        index = reader.read_metadata()
+        wanted = model_state(model)
+        common = common_entries(wanted, index)
+        self._read(path, reader, common)
+        return sorted(key.removeprefix("model.") for key in wanted.keys() - common.keys())
 
     def close(self) -> None:
         """Wait for a background save and leave the process groups."""

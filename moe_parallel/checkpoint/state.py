@@ -131,6 +131,17 @@ def check_entries(wanted: dict[str, Tensor], metadata: Metadata, with_optimizer:
         raise UnusableCheckpointError("the checkpoint does not fit the model: " + "; ".join(problems))
 
 
+def common_entries(wanted: dict[str, Tensor], metadata: Metadata) -> dict[str, Tensor]:
+    """Those of `wanted` that a checkpoint has.
+
+    Raises:
+        UnusableCheckpointError: it has weights that are not wanted, or others of the same name.
+    """
+    common = {key: tensor for key, tensor in wanted.items() if key in metadata.state_dict_metadata}
+    check_entries(common, metadata, with_optimizer=False)
+    return common
+
+
 def split_extra(extra: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
     """(extra with each tensor replaced by a reference, tensors by `trainer.` key).
 

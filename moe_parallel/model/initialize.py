@@ -31,6 +31,9 @@ class InitConfig:
     """Standard deviation of all weight matrices (0.006 in DeepSeek's models); norms start at 1."""
     scale_output_by_depth: bool = False
     """Divide it by sqrt(2 * model.num_layers) for the matrices that write to the residual stream (GPT-2)."""
+    weights: str | None = None
+    """Folder of a checkpoint to take weights from, with a new optimizer: of the same model, or of one with fewer parts,
+    such as a plain layer for a chain of experts. What it does not have is drawn; null draws all."""
 
     def __post_init__(self) -> None:
         if self.std <= 0:

@@ -143,7 +143,17 @@ class MoELayer(nn.Module):
         # Which slots an expert has room for depends on other tokens, later ones too: training only.
         if self.config.capacity_factor is not None and context.forward.training:
             choice, weight, dropped = self._drop(choice, weight, self.config.capacity_factor, context)
-        return Routing.of(choice, weight, num_experts), self._stats(routed, dropped, context)
+        routing = Routing.of(choice, weight, num_experts)
+        return routing, self._stats(routed, dropped, self._unserved(routing, context), context)
+
+    def _unserved(self, routing: Routing, context: LayerContext) -> Tensor:
+        """Valid tokens without any slot; none by construction where every token has k."""
+        if routing.slot_TK is not None:
+            return torch.zeros((), dtype=torch.int64, device=routing.token_N.device)
+        num_sequences, length = context.batch_shape
+        alone_T = torch.ones(num_sequences * length, dtype=torch.bool, device=routing.token_N.device)
+        alone_T[routing.token_N] = False
+        return (alone_T if context.valid_T is None else alone_T & context.valid_T).sum()
 
     def _drop(
         self, choice: Choice, weight_TK: Tensor, factor: float, context: LayerContext
@@ -162,7 +172,7 @@ class MoELayer(nn.Module):
         dropped = (~keep_TK & (choice.expert < num_experts)).sum()
         return choice.only(keep_TK, num_experts), weight_TK, dropped
 
-    def _stats(self, routed: Routed, dropped: Tensor, context: LayerContext) -> LayerStats:
+    def _stats(self, routed: Routed, dropped: Tensor, unserved: Tensor, context: LayerContext) -> LayerStats:
         num_experts, valid_T = self.config.num_experts, context.valid_T
         config = self.balance if context.forward.training else BalanceConfig()  # an evaluation has no losses
         counted = routed.choice if routed.counted is None else routed.counted
@@ -177,6 +187,7 @@ class MoELayer(nn.Module):
             iteration=context.iteration,
             count_E=selection_counts(routed.choice, num_experts, context).sum(0),
             dropped=dropped,
+            unserved=unserved,
             entropy=entropy,
             balance=losses / self.config.chain.iterations,  # equal pressure however many iterations there are
             balance_value=terms.value,

@@ -61,8 +61,6 @@ class Routing:
     """float32: combine weight; carries the gradient to the router."""
     count_E: Tensor
     """int64: slots per expert; sums to N."""
-    payload_ND: Tensor | None = None
-    """Optional rows that travel with the token."""
     slot_TK: Tensor | None = None
     """int64: places of each token's slots when every token has exactly K of them (static shapes), else None."""
     uniform_count: int | None = None
@@ -215,6 +213,8 @@ class LayerStats:
     """int64: slots each expert was chosen for, before drops, without padding."""
     dropped: Tensor
     """int64 scalar: slots dropped by the capacity limit."""
+    unserved: Tensor
+    """int64 scalar: valid tokens that got no expert, by choice or by drops."""
     entropy: Tensor
     """float32 scalar: sum over valid tokens of the entropy of the normalized scores, in nats."""
     balance: Tensor

@@ -29,11 +29,17 @@ USABLE_BYTES = 0.9 * GPU_BYTES
 SLACK = 1.45
 
 
-def _names(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+def _names(group: str, pattern: str = "*") -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob(f"{pattern}.yaml"))
 
 
-EXPERIMENTS = [Plan(name, (f"experiment={name}",)) for name in _names("experiment")]
+EXPERIMENTS = [Plan(name, (f"experiment={name}",)) for name in _names("experiment", "pretrain_*")]
+CHOICES = [
+    Plan(f"{group}={name}", ("model=small_cpu", f"{group}={name}"), few_ranks=True)
+    for group, names in (("router", _names("router")), ("moe", _names("moe", "chain_*")))
+    for name in names
+    if name != "plugin"  # it is no router until it is told which
+]
 PRESETS = [Plan(name, (f"model={name}", "train.sequence_tokens=512"), few_ranks=True) for name in _names("model")]
 PLACES = [Plan("pretrain_olmoe_1b_7b", ("experiment=pretrain_olmoe_1b_7b",), place) for place in (0.0, 0.5, 1.0)]
 SHARDS = [Plan("pretrain_deepseek_v3", ("experiment=pretrain_deepseek_v3",), place, step=False) for place in (0.5, 1.0)]
@@ -125,9 +131,9 @@ def check_training_state(planned: Planned) -> None:
 
 
 def check_exchanges(planned: Planned) -> None:
-    """Two all-to-alls forward and two backward per MoE layer and micro-batch, and two to replay a recomputed layer."""
+    """Two all-to-alls forward and two backward per pass of a MoE layer and micro-batch, and two to replay a pass."""
     config = planned.config
-    layers = config.model.num_layers - config.model.first_dense_layers
+    layers = (config.model.num_layers - config.model.first_dense_layers) * config.moe.chain.iterations
     each = 6 if config.parallel.recompute is Recompute.full else 4
     calls = each * layers * planned.micro_batches if planned.layout.ep > 1 else 0
     slots = planned.rows * config.train.sequence_tokens * config.router.top_k
@@ -150,7 +156,7 @@ def row(plan: Plan, planned: Planned) -> tuple[str, ...]:
 # -- tests ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", [*EXPERIMENTS, *PRESETS], ids=lambda plan: plan.name)
+@pytest.mark.parametrize("plan", [*EXPERIMENTS, *PRESETS, *CHOICES], ids=lambda plan: plan.name)
 def test_config_runs_a_step(plan, planned, plan_table):
     """A preset that cannot be split, a weight that is sharded otherwise or not at all, a gradient or moment that is
     missing or whole, an exchange too many or of the wrong size, a step that asks the device for a value. All

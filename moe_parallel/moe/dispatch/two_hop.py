@@ -7,7 +7,6 @@ cross the network once, and so do their results, which are summed there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 
@@ -17,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from moe_kernels.permute import chunk_order, combine_rows, gather_rows, invert_permutation
+from moe_parallel import launch
 from moe_parallel.collectives import all_to_all_rows, exchange_counts
 from moe_parallel.moe.dispatch.all_to_all import AllToAllDispatcher, ExchangeTicket
 from moe_parallel.moe.dispatch.ticket import DispatchConfig, Ticket
@@ -26,7 +26,7 @@ from moe_parallel.moe.routing import LayerContext, Routing
 @dataclass(kw_only=True)
 class TwoHopConfig(DispatchConfig):
     ranks_per_node: int | None = None
-    """Ranks of one node; null takes what the launcher says (LOCAL_WORLD_SIZE)."""
+    """Ranks of one node; null takes what torchrun or srun says."""
 
     def __post_init__(self) -> None:
         if self.ranks_per_node is not None and self.ranks_per_node < 1:
@@ -37,10 +37,10 @@ def node_size(config: TwoHopConfig, ep: int) -> int:
     """Ranks of a node that the options or the launcher give, checked against `ep`. Needs no process group."""
     ranks_per_node, given = config.ranks_per_node, f"dispatch.ranks_per_node={config.ranks_per_node}"
     if ranks_per_node is None:
-        local = os.environ.get("LOCAL_WORLD_SIZE")
-        if local is None:
-            raise ValueError(f"{given} takes LOCAL_WORLD_SIZE, which this launcher does not set; give a number")
-        ranks_per_node, given = int(local), f"{given} takes LOCAL_WORLD_SIZE={local}"
+        ranks_per_node = launch.ranks_per_node()
+        if ranks_per_node is None:
+            raise ValueError(f"{given} takes the ranks of each host, which this launcher does not say; give a number")
+        given = f"{given} takes the {ranks_per_node} ranks that the launcher starts on each host, which"
     check_nodes(ep, ranks_per_node, given)
     return ranks_per_node
 
