@@ -219,9 +219,9 @@ def model_text() -> str:
         for c in CLUSTERS
     )
     return f"""**A model, not a measurement**: the exchange of one layer on {NODES} nodes of {NODE_GPUS} GPUs, forward
-and backward, in ms; in parentheses the speed against Switch with `all_to_all`. Assumed: rows of {WIDTH} bf16 numbers, as
-many experts as GPUs, equal loads, messages one after another at a fixed cost each, no congestion, nothing hidden behind
-compute, no time for packing rows. Each GPU has, with time a message and rate:
+and backward, in ms; in parentheses the speed against Switch with `all_to_all`. Assumed: rows of {WIDTH} bf16 numbers,
+as many experts as GPUs, equal loads, messages one after another at a fixed cost each, no congestion, nothing hidden
+behind compute, no time for packing rows. Each GPU has, with time a message and rate:
 {assumed}.
 The last column is the share of Switch's step that its exchange would have to take for SMILE to train 2.5 times as fast,
 as its paper reports for 16 nodes.

@@ -17,15 +17,17 @@ LOOK_AHEAD = ("balance=global", "train.micro_batch_sequences=2")
 """Four micro-batches in a process, two on each of two ranks: counts of the step before are part of the state."""
 LOSS_FREE = ("balance=loss_free", "balance.bias_rate=0.05", "data.sources.0.streaming=true")
 """A bias that moves routing within these few steps, and a source whose place is a state of its own."""
+CUTOFFS = ("router=threshold", "moe=chain_of_experts", "dispatch=two_hop", "dispatch.ranks_per_node=1")
+"""Running cutoffs of each iteration of a chain, which training itself goes by."""
 SCHEDULE = ("evaluation.every_steps=4", "checkpoint.every_steps=3")
 
 
 @pytest.mark.parametrize(
-    ("state", "ranks", "ep"), [(LOOK_AHEAD, 1, 1), (LOSS_FREE, 1, 1), (LOOK_AHEAD, 2, 2), (LOSS_FREE, 2, 2)]
+    ("state", "ranks", "ep"), [(LOOK_AHEAD, 1, 1), (LOSS_FREE, 1, 1), (LOOK_AHEAD, 2, 2), (LOSS_FREE, 2, 2), (CUTOFFS, 2, 2)],
 )
 def test_stopped_and_resumed_is_the_same_run(runner: Runner, state: tuple[str, ...], ranks: int, ep: int) -> None:
     """Would catch: any state that a checkpoint lacks or that is restored late: moments, their step counts, the place
-    in the data, the router's bias, the look-ahead counts, the schedule; a line of metrics.jsonl lost or doubled.
+    in the data, the router's bias or cutoffs, the look-ahead counts, the schedule; a line of metrics.jsonl lost or doubled.
 
     No tolerance: the same arithmetic in the same order.
     """

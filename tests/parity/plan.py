@@ -74,6 +74,10 @@ class Planned:
     weights: list[Weight]
     sent_bytes: list[int]
     """Bytes that each all-to-all sent, in order."""
+    gathered_bytes: list[int]
+    """Bytes of each all-gather."""
+    reduced_bytes: list[int]
+    """Bytes of each reduce-scatter."""
     peak_bytes: int
     """Most bytes of tensors that were alive at once."""
     seconds: float
@@ -139,7 +143,19 @@ def run(plan: Plan) -> Planned:
         dist.destroy_process_group()
     seen = engine.without_memory
     seconds = time.perf_counter() - started
-    return Planned(config, layout, rank, rows, count, weights, seen.sent_bytes, seen.measured_bytes, seconds)
+    return Planned(
+        config,
+        layout,
+        rank,
+        rows,
+        count,
+        weights,
+        seen.sent_bytes,
+        seen.gathered_bytes,
+        seen.reduced_bytes,
+        seen.measured_bytes,
+        seconds,
+    )
 
 
 def balanced_rows(config: options.Config, ranks: int) -> int:
@@ -216,6 +232,10 @@ class WithoutMemory(FakeTensorMode):
         """Most that was alive at once while measuring."""
         self.sent_bytes: list[int] = []
         """Of each all-to-all, in order."""
+        self.gathered_bytes: list[int] = []
+        """Of each all-gather, all ranks together."""
+        self.reduced_bytes: list[int] = []
+        """Of each reduce-scatter, before it."""
         self._now = self._peak = 0
         self._sizes: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
 
@@ -235,6 +255,10 @@ class WithoutMemory(FakeTensorMode):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func is torch.ops.c10d.alltoall_base_.default:
             self.sent_bytes.append(args[1].nbytes)
+        elif func is torch.ops.c10d._allgather_base_.default:
+            self.gathered_bytes.append(args[0].nbytes)
+        elif func is torch.ops.c10d._reduce_scatter_base_.default:
+            self.reduced_bytes.append(args[1].nbytes)
         for one in out if isinstance(out, list | tuple) else (out,):
             if isinstance(one, Tensor):
                 self._see(one.untyped_storage())

@@ -41,6 +41,7 @@ CHOICES = [
     if name != "plugin"  # it is no router until it is told which
 ]
 PRESETS = [Plan(name, (f"model={name}", "train.sequence_tokens=512"), few_ranks=True) for name in _names("model")]
+CHAINS = [Plan(f"{n} iterations", ("model=small_cpu", f"moe.chain.iterations={n}"), few_ranks=True) for n in (1, 3)]
 PLACES = [Plan("pretrain_olmoe_1b_7b", ("experiment=pretrain_olmoe_1b_7b",), place) for place in (0.0, 0.5, 1.0)]
 SHARDS = [Plan("pretrain_deepseek_v3", ("experiment=pretrain_deepseek_v3",), place, step=False) for place in (0.5, 1.0)]
 
@@ -166,6 +167,20 @@ def test_config_runs_a_step(plan, planned, plan_table):
     check_training_state(seen)
     check_exchanges(seen)
     plan_table(row(plan, seen))
+
+
+@pytest.mark.parametrize("plan", CHAINS[1:], ids=lambda plan: plan.name)
+@pytest.mark.parametrize("plain", CHAINS[:1], ids=lambda plan: plan.name)
+def test_a_chain_gathers_and_reduces_its_experts_once(plan, plain, planned):
+    """Experts that are gathered, or whose gradients are reduced, once for each iteration: C times the traffic of the
+    largest part of the model. Integers, found by the size of a layer's experts."""
+    chained, once = (planned[p].result(timeout=300) for p in (plan, plain))
+    moe, layout = once.config.moe, once.layout
+    elements = 3 * once.config.model.dim * moe.expert_dim * moe.num_experts // layout.ep
+    assert layout.expert_shard > 1
+    for name, size in (("gathered_bytes", 2 * elements), ("reduced_bytes", 4 * elements)):
+        calls = [getattr(seen, name).count(size) for seen in (chained, once)]
+        assert calls[0] == calls[1] >= once.config.model.num_layers, name
 
 
 @pytest.mark.parametrize("plan", EXPERIMENTS, ids=lambda plan: plan.name)
