@@ -47,6 +47,8 @@ CABLE, PORT = "cable", "29500"
 RANKS, PER_NODE = 4, 2
 EXPERTS, TOKENS, FEW, WIDTH = 16, 1024, 16, 256
 """Of the exchange alone: tokens of a rank, also few of them, numbers of a row."""
+LARGE = 2**18
+"""Numbers in a message that measures the rate: as large as those of the exchanges, since rates depend on it."""
 
 SHAPE = Shape("two nodes", 128, 4, 4, EXPERTS, 1, 128, 257, 512, 4)
 MODEL = (
@@ -93,7 +95,7 @@ def network(megabits: int) -> Iterator[list[str]]:
             command("ip", "-n", name, "addr", "add", f"10.77.0.{place + 1}/24", "dev", CABLE)
             command("ip", "-n", name, "link", "set", "lo", "up")
             command("ip", "-n", name, "link", "set", CABLE, "up")
-            limit = ["rate", f"{megabits}mbit", "burst", "256kb", "latency", "200ms"]
+            limit = ["rate", f"{megabits}mbit", "burst", "256kb", "latency", "2000ms"]  # queues, drops nothing
             command("tc", "-n", name, "qdisc", "add", "dev", CABLE, "root", "tbf", *limit)
         yield names
     finally:
@@ -179,7 +181,7 @@ def measure_link(group: dist.ProcessGroup, streams: int) -> dict[str, float]:
         streams: groups that share the link; they measure at the same time.
     """
     seconds = {}
-    for size, in_a_row, repeats in ((1, 10, 30), (2**20, 2, 6)):
+    for size, in_a_row, repeats in ((1, 10, 30), (LARGE, 4, 9)):
         rows, times = torch.zeros(2 * size), []
         for _ in range(repeats):
             dist.barrier()
@@ -190,7 +192,7 @@ def measure_link(group: dist.ProcessGroup, streams: int) -> dict[str, float]:
         longest = torch.tensor(times[1:], dtype=torch.float64)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         seconds[size] = float(longest.median())
-    return {"alpha_seconds": seconds[1], "bytes_per_second": streams * 4 * 2**20 / (seconds[2**20] - seconds[1])}
+    return {"alpha_seconds": seconds[1], "bytes_per_second": streams * 4 * LARGE / (seconds[LARGE] - seconds[1])}
 
 
 def choose(routing: str, tokens: int, rank: int) -> Choice:

@@ -17,8 +17,15 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
+from moe_data.order import derive_key, mix
+
 LEAST_BYTES = 50_000
 """A domain with less text is refused: it would be repeated over and over."""
+
+RANDOM_LETTERS, RANDOM_DOCUMENT = "abcdefghijklmnopqrstuvwxyz012345", 4096
+"""Of the generated domain `random`: its 32 letters, and the length of a document."""
 
 LONGEST_DOCUMENT = 65_536
 """Characters; longer texts are split at blank lines, so that no single document decides what is held out."""
@@ -117,6 +124,15 @@ def whole(text: str) -> str:
     return text
 
 
+def random_documents(megabytes: float) -> list[str]:
+    """Letters drawn evenly and independently: a causal model cannot get below log(32) = 3.466 nats a letter."""
+    size = max(LEAST_BYTES, int(megabytes * 1e6))
+    letters = np.frombuffer(RANDOM_LETTERS.encode(), dtype=np.uint8)
+    number_N = mix(np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(derive_key("random")))
+    text = letters[number_N >> np.uint64(59)].tobytes().decode()  # the upper 5 bits
+    return [text[begin : begin + RANDOM_DOCUMENT] for begin in range(0, size, RANDOM_DOCUMENT)]
+
+
 DOMAINS: dict[str, tuple[str, Callable[[], list[Path]], Callable[[str], str]]] = {
     "code": ("Python code of the standard library", lambda: standard_library("", False), code_of),
     "tests": ("tests of the standard library", lambda: standard_library("test", True), whole),
@@ -130,8 +146,10 @@ DOMAINS: dict[str, tuple[str, Callable[[], list[Path]], Callable[[str], str]]] =
     "markdown": ("read-me texts of installed packages", lambda: distributions("METADATA"), body_of),
     "headers": ("C and C++ headers of Python and torch", headers, whole),
     "tables": ("character encoding tables", lambda: standard_library("encodings", True), whole),
+    "random": ("letters drawn at random", list, whole),
 }
-"""Domain -> what it is, its files, and how a file becomes text. Some Pythons come without `tests`."""
+"""Domain -> what it is, its files, and how a file becomes text. Some Pythons come without `tests`;
+`random` is generated."""
 
 
 def check_domain(domain: str) -> None:
@@ -155,6 +173,8 @@ def collect(domain: str, max_megabytes: float | None = None) -> list[str]:
     Raises:
         ValueError: this machine has next to nothing of the domain.
     """
+    if domain == "random":
+        return random_documents(2.0 if max_megabytes is None else max_megabytes)
     described, find, extract = DOMAINS[domain]
     limit = float("inf") if max_megabytes is None else max_megabytes * 1e6
     documents: list[str] = []

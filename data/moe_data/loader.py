@@ -50,6 +50,9 @@ class DataConfig:
     """No attention and no loss from one document to the next within a sequence."""
     restart_positions: bool = True
     """Positions count from 0 in each document, else through the whole sequence."""
+    rows_per_source: int = 1
+    """Neighboring sequences of the global order that come from one source; the sequences of a micro-batch make its
+    batches domain-pure."""
     validation_sequences: int = 32
     """Sequences per domain and validation, the same ones each time; 0 for none."""
     prefetch_steps: int = 2
@@ -68,6 +71,8 @@ class DataConfig:
             )
         if self.validation_sequences < 0:
             raise ValueError(f"data.validation_sequences={self.validation_sequences} must be 0 or more")
+        if self.rows_per_source < 1:
+            raise ValueError(f"data.rows_per_source={self.rows_per_source} must be at least 1; 1 mixes every sequence")
         if self.prefetch_steps < 1:
             raise ValueError(f"data.prefetch_steps={self.prefetch_steps} must be at least 1; 2 is usual")
 
@@ -135,7 +140,8 @@ class TrainingData:
         self._sequence_tokens = sequence_tokens
         self._rows = global_batch_sequences
         self._seed = seed
-        self._mixture = Mixture([source.weight for source in config.sources], seed)
+        weights = [source.weight for source in config.sources]
+        self._mixture = Mixture(weights, seed, rows_per_source=config.rows_per_source)
         self._stored: dict[int, StoredSequences] = {}
         self._streams: dict[int, Lanes] = {}
         for index, source in enumerate(config.sources):
@@ -161,6 +167,7 @@ class TrainingData:
             "tokenizer": tokenizer.fingerprint,
             "weights": {source.name: source.weight for source in config.sources},
             "tokens": {stored.name: stored.num_tokens for stored in self._stored.values()},
+            "rows_per_source": config.rows_per_source,
         }
         self._served: tuple[int, int, int] | None = None
         self._next: tuple[int, int] | None = None
@@ -243,7 +250,7 @@ class TrainingData:
             ValueError: the state is of other data or another global batch, or lacks rows.
         """
         for name, ours in self._identity.items():
-            theirs = state["identity"].get(name)
+            theirs = state["identity"].get(name, 1 if name == "rows_per_source" else None)  # old states lack it
             if theirs != ours:
                 raise ValueError(
                     f"data state has {name}={theirs}, this run has {ours}: going on would repeat some tokens "

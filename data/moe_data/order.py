@@ -68,13 +68,18 @@ class Mixture:
     but that one. Within a block a seeded permutation spreads the sources; each source's own indices ascend,
     so that an epoch of a source is over before its next begins.
 
+    With `rows_per_source` above 1 all this holds of groups of so many neighboring samples, each group from one source:
+    what a block deals out and permutes are groups.
+
     Args:
         weights: at least one above 0, none below; only their proportions matter.
         seed: of the run.
-        block: samples per block; raised to len(weights)**2, below which a quota could turn negative.
+        block: samples per block; raised to len(weights)**2 groups, below which a quota could turn negative, and to a
+            multiple of `rows_per_source`.
+        rows_per_source: neighboring samples that come from one source.
     """
 
-    def __init__(self, weights: Sequence[float], seed: int, block: int = 4096) -> None:
+    def __init__(self, weights: Sequence[float], seed: int, block: int = 4096, rows_per_source: int = 1) -> None:
         # The decimal that the user wrote, exactly: 0.1 is one tenth here and not a binary fraction near it.
         exact = [Fraction(str(weight)) for weight in weights]
         if not exact or min(exact) < 0 or sum(exact) == 0:
@@ -82,31 +87,38 @@ class Mixture:
         self._shares = [weight / sum(exact) for weight in exact]
         self._largest = max(range(len(exact)), key=lambda s: exact[s])
         self._seed = seed
-        self.block = max(block, len(exact) ** 2)
+        self._group = rows_per_source
+        self._groups = max(-(-block // rows_per_source), len(exact) ** 2)
+        self.block = self._groups * rows_per_source
         self._cached: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
 
     def taken(self, blocks: int) -> list[int]:
         """Samples of each source in the first `blocks` blocks."""
-        counts = [int(share * blocks * self.block) for share in self._shares]
-        counts[self._largest] += blocks * self.block - sum(counts)
+        return [count * self._group for count in self._taken_groups(blocks)]
+
+    def _taken_groups(self, blocks: int) -> list[int]:
+        counts = [int(share * blocks * self._groups) for share in self._shares]
+        counts[self._largest] += blocks * self._groups - sum(counts)
         return counts
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Global sample index -> (source, index within that source)."""
-        block, offset = divmod(sample, self.block)
+        group, row = divmod(sample, self._group)
+        block, offset = divmod(group, self._groups)
         known, source_N, index_N = self._cached
         if known != block:
             source_N, index_N = self._lay_out(block)
             self._cached = (block, source_N, index_N)
-        return int(source_N[offset]), int(index_N[offset])
+        return int(source_N[offset]), int(index_N[offset]) * self._group + row
 
     def _lay_out(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        before, after = self.taken(block), self.taken(block + 1)
+        """Source of each group of a block, and the group's number within that source."""
+        before, after = self._taken_groups(block), self._taken_groups(block + 1)
         counts = [b - a for a, b in zip(before, after)]
         assert min(counts) >= 0, f"quota below 0 in block {block}: {counts}"
         ordered_N = np.repeat(np.arange(len(counts)), counts)
-        source_N = ordered_N[permute(np.arange(self.block), self.block, derive_key(self._seed, "mixture", block))]
-        index_N = np.empty(self.block, dtype=np.int64)
+        source_N = ordered_N[permute(np.arange(self._groups), self._groups, derive_key(self._seed, "mixture", block))]
+        index_N = np.empty(self._groups, dtype=np.int64)
         for source, first in enumerate(before):
             places = np.flatnonzero(source_N == source)
             index_N[places] = first + np.arange(len(places))

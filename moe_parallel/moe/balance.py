@@ -137,8 +137,13 @@ def balance_loss_sum(share: Tensor, score_sum: Tensor) -> Tensor:
 
 
 def z_loss_sum(logit_TE: Tensor, valid_T: Tensor | None) -> Tensor:
-    """Squared log-sum-exp of the router logits, summed over valid tokens. Source: arXiv 2202.08906 eq. 5."""
+    """Squared log-sum-exp of the router logits, summed over valid tokens. Source: arXiv 2202.08906 eq. 5.
+
+    Of logits (T, routers, E) the mean over the routers of a token.
+    """
     square_T = logit_TE.logsumexp(-1).square()
+    if square_T.ndim > 1:
+        square_T = square_T.mean(-1)
     return (square_T if valid_T is None else square_T * valid_T).sum()
 
 

@@ -114,6 +114,43 @@ def test_mixture_has_the_asked_shares(config: DataConfig) -> None:
     assert count == {0: 3072, 1: 1024}
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_one_source_make_pure_micro_batches(config: DataConfig, streaming: bool) -> None:
+    """Groups that begin anew on each rank or micro-batch: another order on another layout, or mixed micro-batches."""
+    config.rows_per_source = 4
+    for source in config.sources:
+        source.streaming = streaming
+    steps = range(20)
+    reference = all_rows(training(config), steps, *LAYOUTS[0])
+    assert all(len({row[1] for row in reference[first : first + 4]}) == 1 for first in range(0, len(reference), 4))
+    assert len({row[1] for row in reference}) == 2
+    for world, size in LAYOUTS[1:]:
+        if streaming:  # each rank has its own reader, which goes forward only
+            ranks = [training(config) for _ in range(world)]
+            rows = [
+                row
+                for step in steps
+                for micro_batch in range(G // (world * size))
+                for rank, data in enumerate(ranks)
+                for row in rows_of(data.batch(step, micro_batch, rank, world, size))
+            ]
+        else:
+            rows = all_rows(training(config), steps, world, size)
+        assert rows == reference
+
+
+def test_each_token_once_with_groups(config: DataConfig) -> None:
+    """A group that ends an epoch must go on in the next one, not repeat or leave out sequences."""
+    config.rows_per_source = 3
+    data = training(config)
+    for source in (0, 1):
+        sequences = data.source_tokens[data.source_names[source]] // S
+        rows = [row for row in all_rows(data, range(sequences * 8 // G), 2, 2) if row[1] == source][:sequences]
+        tokens = [t for row in rows for t in row[3] if t != END]
+        assert len(rows) == sequences
+        assert max(Counter(tokens).values()) == 1
+
+
 def test_state_of_stored_sources_is_the_step_alone(config: DataConfig) -> None:
     """A state that changed with the step would have to be right on every rank."""
     data = training(config)
@@ -136,6 +173,14 @@ def test_state_of_other_data_is_refused(config: DataConfig, change: dict, messag
     state = training(config).state_dict()
     with pytest.raises(ValueError, match=message):
         training(config, **change).load_state_dict(state)
+    config.rows_per_source = 4
+    with pytest.raises(ValueError, match=r"rows_per_source=1, this run has 4"):
+        training(config).load_state_dict(state)
+    del state["identity"]["rows_per_source"]  # a state of before there was the option
+    with pytest.raises(ValueError, match=r"rows_per_source=1, this run has 4"):
+        training(config).load_state_dict(state)
+    config.rows_per_source = 1
+    training(config).load_state_dict(state)
     config.sources[0].weight = 1.0
     with pytest.raises(ValueError, match=r"weights=.* repeat some tokens"):
         training(config).load_state_dict(state)
@@ -173,6 +218,7 @@ def test_foreign_ids_are_refused_when_read(config: DataConfig, tmp_path: Path) -
         ({"sources": [{"name": "code", "kind": "embedded"}] * 2}, r"name=code is given 2 times; rename one"),
         ({"sources": [{"name": "code", "kind": "embedded", "weight": 0}]}, r"all weights are 0 \(code\)"),
         ({"validation_sequences": -1}, r"data\.validation_sequences=-1 must be 0 or more"),
+        ({"rows_per_source": 0}, r"data\.rows_per_source=0 must be at least 1"),
         ({"prefetch_steps": 0}, r"data\.prefetch_steps=0 must be at least 1"),
     ],
 )

@@ -99,7 +99,7 @@ class BiLevelRouter(Router):
             choice=choice,
             weight=choice.take(share_TE) * config.route_scale,
             share_TE=share_TE,
-            logits=(node_logit_TG, *local_logit.unbind(1)),
+            logits=(node_logit_TG, local_logit),
             levels=(self._node_level(node_TG), self._local_level(local_TGM, choice)),
         )
 

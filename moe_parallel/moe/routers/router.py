@@ -93,9 +93,9 @@ class RouterConfig:
                 "experts, which is uneven; change train.micro_batch_sequences"
             )
 
-    def check_no_losses(self, balance: BalanceConfig, why: str) -> None:
-        """For routers that a loss cannot move."""
-        wanted = [name for name in balance.coefficients() if getattr(balance, name) > 0]
+    def check_no_losses(self, balance: BalanceConfig, why: str, also: tuple[str, ...] = ()) -> None:
+        """For routers that a balance loss cannot move, nor those that `also` names."""
+        wanted = [name for name in (*balance.coefficients(), *also) if getattr(balance, name) > 0]
         if wanted:
             given = ", ".join(f"balance.{name}={getattr(balance, name)}" for name in wanted)
             raise ValueError(f"{given} cannot act: {why}; set balance=none")
