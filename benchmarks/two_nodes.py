@@ -59,6 +59,7 @@ MODEL = (
 ROUTERS = {
     "flat top-1 (Switch)": ("router=softmax", "router.top_k=1"),
     "SMILE top-1": ("router=smile", "router.top_k=1", "router.num_nodes=2"),
+    "SMILE top-4": ("router=smile", "router.top_k=4", "router.num_nodes=2"),
     "flat top-2": ("router=softmax", "router.top_k=2"),
     "flat top-4": ("router=softmax", "router.top_k=4"),
     "top-4 of one node": ("router=node_limited", "router.top_k=4", "router.num_groups=2", "router.top_groups=1"),
