@@ -56,6 +56,8 @@ FLOORS: dict[str, int] = {
     "moe_parallel.options": 8,
     # A whole run, and what it would be.
     "moe_parallel.plan": 9,
+    "moe_parallel.measured": 9,
+    "moe_parallel.comparison": 9,
     "moe_parallel.run": 9,
     # The roof: commands.
     "train": 10,
