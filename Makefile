@@ -8,14 +8,16 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 RANKS ?= 2
 ARGS ?=
+NAME ?= granularity
 
-.PHONY: install train test parity bench bench-nodes bench-skew check format help clean
+.PHONY: install train test parity compare bench bench-nodes bench-skew check format help clean
 
 help:
 	@echo "make install   create .venv with pinned dependencies"
 	@echo "make train     train the default model on $(RANKS) processes, experts split over them   (ARGS='train.steps=50')"
 	@echo "make test      the whole test suite, parity included"
 	@echo "make parity    only the parity suite; prints its table"
+	@echo "make compare   an experiment of docs/experiments.md   (NAME=granularity ARGS='--jobs 2')"
 	@echo "make bench     speed and memory against transformers, written to docs/benchmarks.md"
 	@echo "make bench-nodes  flat against two-hop exchange over a slow link between two nodes, in namespaces; as root"
 	@echo "make bench-skew   least-loaded dispatch under skewed loads, 4 processes   (ARGS=--write: into docs/benchmarks.md)"
@@ -40,6 +42,10 @@ test: $(READY)
 
 parity: $(READY)
 	$(BIN)/python -m pytest -q tests/parity $(ARGS)
+
+# One comparison with three seeds: make compare NAME=granularity ARGS='--jobs 2 --write'
+compare: $(READY)
+	$(BIN)/python scripts/compare.py $(NAME) $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[bench]"

@@ -1,0 +1,185 @@
+"""Expert choice and its cutoffs against a loop, closed forms and each other.
+
+1. pools   2. gradient   3. cutoffs   4. the policy of each mode   5. options that leak or do not fit
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe_parallel.moe.balance import BalanceConfig
+from moe_parallel.moe.layer import MoEConfig, MoELayer
+from moe_parallel.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
+from moe_parallel.moe.routers.router import BatchShape, LooksAt
+from moe_parallel.moe.routing import ForwardContext, LayerContext
+
+ROWS, LENGTH, EXPERTS, DIM = 2, 8, 4, 6
+LEAKING = {"pool": "micro_batch", "pool_sequences": 1, "allow_leak": True}
+
+
+def make_router(**options) -> ExpertChoiceRouter:
+    router = ExpertChoiceRouter(DIM, EXPERTS, ExpertChoiceConfig(**{"top_k": 2, **LEAKING, **options})).double()
+    with torch.no_grad():
+        router.weight.copy_(torch.randn(EXPERTS, DIM, generator=torch.Generator().manual_seed(1)))
+    return router
+
+
+def context(training=True, step=0, valid_T=None):
+    forward = ForwardContext(training=training, step=step)
+    return LayerContext(layer=0, batch_shape=(ROWS, LENGTH), valid_T=valid_T, forward=forward)
+
+
+X = torch.randn(ROWS * LENGTH, DIM, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def chosen(router, ctx, x_TD=X) -> torch.Tensor:
+    """The choice as a table of booleans, (T, E)."""
+    choice = router.route(router(x_TD, ctx), ctx).choice
+    mask = torch.zeros(x_TD.shape[0], EXPERTS, dtype=torch.bool)
+    mask[choice.tokens(), choice.expert] = True
+    assert int(mask.sum()) == choice.expert.numel(), "a pair that comes twice"
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("options", "order"),
+    [
+        ({"pool_sequences": 1}, "bs"),
+        ({"pool_sequences": 2}, "all"),
+        ({"pool": "global_batch", "pool_sequences": None}, "all"),
+        ({"pool": "position", "pool_sequences": None}, "sb"),
+    ],
+)
+def test_every_expert_takes_the_best_of_each_pool(options, order):
+    """A pool that is too large or too small, or made of the wrong tokens: compared with a sort of each pool. Exact."""
+    router = make_router(**options)
+    score_TE = torch.softmax(X @ router.weight.T, -1)
+    index = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
+    pools = {"bs": list(index), "sb": list(index.T), "all": [index.flatten()]}[order]
+    wanted = torch.zeros(ROWS * LENGTH, EXPERTS, dtype=torch.bool)
+    for pool in pools:
+        for expert in range(EXPERTS):
+            best = score_TE[pool, expert].argsort(descending=True)[: len(pool) * 2 // EXPERTS]
+            wanted[pool[best], expert] = True
+    assert torch.equal(chosen(router, context()), wanted)
+
+
+def test_one_expert_takes_everything_with_weight_one():
+    """One expert and k = 1: softmax over one expert is 1, so the layer is a dense network. 1e-14: one product."""
+    config = ExpertChoiceConfig(top_k=1, **LEAKING)
+    layer = MoELayer(DIM, MoEConfig(num_experts=1, expert_dim=5, num_shared_experts=0), config, BalanceConfig(), 0)
+    layer = layer.double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    gate, up = (X @ layer.experts.gate_up[0].T).chunk(2, -1)
+    out, _ = layer(X, context())
+    torch.testing.assert_close(out, (F.silu(gate) * up) @ layer.experts.down[0].T, rtol=1e-14, atol=1e-14)
+
+
+def test_gradient_flows_through_the_scores_alone():
+    """The weight of a chosen pair is its score: its gradient must be the softmax's, as if the choice were fixed."""
+    router = make_router()
+    logit_TE = (X @ router.weight.detach().T).requires_grad_()
+    routed = router.route(logit_TE, context())
+    got = torch.autograd.grad(routed.weight.sum(), logit_TE)[0]
+    mask = torch.zeros(ROWS * LENGTH, EXPERTS, dtype=torch.bool)
+    mask[routed.choice.tokens(), routed.choice.expert] = True
+    wanted = torch.autograd.grad((logit_TE.softmax(-1) * mask).sum(), logit_TE)[0]
+    torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-15)
+
+
+def test_padding_is_neither_taken_nor_counted():
+    """Padding that is chosen wastes places; padding that is counted gives experts too many."""
+    valid_T = torch.ones(ROWS * LENGTH, dtype=torch.bool)
+    valid_T[4:8] = False
+    mask = chosen(make_router(), context(valid_T=valid_T))
+    assert not mask[4:8].any()
+    assert mask[:4].sum(0).tolist() == [2] * EXPERTS  # 4 tokens * 2 / 4 experts
+    assert mask[8:].sum(0).tolist() == [4] * EXPERTS
+
+
+def test_cutoffs_of_the_batch_itself_give_the_same_choice():
+    """Evaluation by cutoffs must be the same rule as training by pools: with the batch's own lowest scores as cutoffs
+    both choose the same pairs. Exact, for no two scores are equal."""
+    router = make_router(pool_sequences=2)
+    ctx = context()
+    routed = router.route(router(X, ctx), ctx)
+    router.after_step(torch.zeros(EXPERTS), routed.observed_E, BalanceConfig())
+    router.cutoff *= 1 - 1e-12  # a running mean is off by a rounding
+    assert torch.equal(chosen(router, context(training=False)), chosen(router, ctx))
+
+
+def test_running_cutoffs_are_weighted_means():
+    """Without the correction for the start the first cutoffs would be near zero, and every token would take every
+    expert. Closed form: weights (1 - d) d^(age), divided by their sum. 1e-6: buffers are float32 in training."""
+    router = ExpertChoiceRouter(DIM, EXPERTS, ExpertChoiceConfig(top_k=2, cutoff_decay=0.9, **LEAKING))
+    values = [torch.full((EXPERTS,), v, dtype=torch.float64) for v in (0.5, 0.1, 0.3)]
+    for value in values:
+        router.after_step(torch.zeros(EXPERTS), value, BalanceConfig())
+    weights = [0.1 * 0.9**2, 0.1 * 0.9, 0.1]
+    wanted = sum(w * v for w, v in zip(weights, values)) / sum(weights)
+    torch.testing.assert_close((router.cutoff / router.cutoff_weight).double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_before_the_first_step_tokens_take_their_best():
+    """Without cutoffs evaluation must neither take every expert nor none."""
+    router = make_router()
+    assert chosen(router, context(training=False)).sum(-1).tolist() == [2] * (ROWS * LENGTH)
+
+
+def test_threshold_trains_by_cutoffs_after_its_warm_up():
+    """A warm-up that never ends, or never starts; and a choice by cutoffs that depends on other tokens."""
+    router = make_router(training="threshold", warmup_steps=3)
+    router.after_step(torch.zeros(EXPERTS), torch.full((EXPERTS,), 0.3, dtype=torch.float64), BalanceConfig())
+    pool, cutoffs = chosen(router, context(step=2)), chosen(router, context(step=3))
+    assert torch.equal(pool, chosen(make_router(), context()))
+    assert torch.equal(cutoffs, torch.softmax(X @ router.weight.T, -1) >= router.cutoff / router.cutoff_weight)
+    assert not torch.equal(pool, cutoffs)
+    changed = torch.cat([X[:3], torch.randn(13, DIM, generator=torch.Generator().manual_seed(9), dtype=torch.float64)])
+    assert torch.equal(chosen(router, context(step=3), changed)[:3], cutoffs[:3])
+    assert router.looks_at(training=True) != LooksAt.itself
+    assert router.looks_at(training=False) == LooksAt.itself
+
+
+def test_loads_are_known_where_the_pool_is_local():
+    """The count that lets ranks skip the exchange of sizes must be the real one."""
+    router = make_router()
+    ctx = LayerContext(layer=0, batch_shape=(ROWS, LENGTH), forward=ForwardContext(no_padding=True))
+    choice = router.route(router(X, ctx), ctx).choice
+    assert choice.uniform_count == 8
+    assert torch.bincount(choice.expert).tolist() == [8] * EXPERTS
+    assert router.route(router(X, context()), context()).choice.uniform_count is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pool": "global_batch"}, "router.pool=global_batch lets a token"),
+        ({"training": "threshold", "pool": "global_batch", "warmup_steps": 5}, "own future"),
+        ({"warmup_steps": 5}, "belongs to router.training=threshold"),
+        ({"cutoff_decay": 1.0}, "router.cutoff_decay=1.0"),
+        ({**LEAKING, "top_k": 3, "max_experts_per_token": 2}, "could not fill their places"),
+        ({"max_experts_per_token": 9}, "needs router.training=pool and router.pool=micro_batch"),
+    ],
+)
+def test_leaks_and_contradictions_are_refused(options, words):
+    """A language model must not be trained on its own future by accident."""
+    with pytest.raises(ValueError, match=words):
+        ExpertChoiceConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "words"),
+    [
+        ({**LEAKING, "pool_sequences": 3}, BatchShape(1, 1, 4, 8), r"legal values: \[1, 2, 4\]"),
+        ({**LEAKING, "pool_sequences": None}, BatchShape(1, 1, 4, 8), "router.pool_sequences=null"),
+        ({"pool": "data_parallel", "pool_sequences": 8, "allow_leak": True}, BatchShape(2, 1, 2, 8), "has 4 sequences"),
+        ({"pool": "position"}, BatchShape(2, 3, 2, 8), "one micro-batch, but a step has 3"),
+        ({"pool": "position"}, BatchShape(1, 1, 1, 8), "has 1 tokens"),
+    ],
+)
+def test_pools_that_would_change_with_the_ranks_are_refused(options, shape, words):
+    """The same options on other ranks must mean the same pools, or say that they cannot."""
+    with pytest.raises(ValueError, match=words):
+        ExpertChoiceConfig(top_k=2, **options).check_batch(shape, EXPERTS)

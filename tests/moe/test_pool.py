@@ -1,0 +1,130 @@
+"""The best of a pool: a sort over all its tokens is the oracle.
+
+1. one rank   2. several ranks, simulated and as threads   3. ties   4. padding   5. with a limit on a token's experts
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_parallel.collectives import gather_over, sum_over
+from moe_parallel.moe.pool import best_at_most, best_in_pools, best_over_ranks, capped_plan
+from moe_parallel.moe.routing import ForwardContext
+from tests.ranks import run_threads
+
+
+def make_scores(pools, tokens, experts, seed, dtype=torch.float64, ties=False):
+    score = torch.rand(pools, tokens, experts, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return (score * 4).round() / 4 if ties else score
+
+
+def by_sort(score_PQE, valid_PQ, average):
+    """Sort all valid tokens by (score, earlier first) and take the first floor(tokens * average / experts)."""
+    chosen = torch.zeros_like(score_PQE, dtype=torch.bool)
+    cutoff = torch.zeros_like(score_PQE[:, 0])
+    for pool, score_QE in enumerate(score_PQE):
+        tokens = [t for t in range(score_QE.shape[0]) if valid_PQ is None or valid_PQ[pool, t]]
+        take = math.floor(len(tokens) * average / score_QE.shape[1])
+        for expert in range(score_QE.shape[1]):
+            best = sorted(tokens, key=lambda t: (-float(score_QE[t, expert]), t))[:take]
+            chosen[pool, best, expert] = True
+            if best:
+                cutoff[pool, expert] = min(score_QE[t, expert] for t in best)
+    return chosen, cutoff
+
+
+SHAPES = st.tuples(st.integers(1, 3), st.integers(4, 12), st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 1), (4, 3)]))
+"""Pools, tokens, (experts, experts of a token)."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.booleans(), st.booleans(), st.integers(0, 99))
+def test_one_rank(shape, ties, padded, seed):
+    """An expert that takes one token too many or too few, the wrong one of two equal ones, or padding. Booleans and
+    scores are compared exactly: nothing is computed with them."""
+    pools, tokens, (experts, average) = shape
+    score = make_scores(pools, tokens, experts, seed, ties=ties)
+    valid = torch.rand(pools, tokens, generator=torch.Generator().manual_seed(seed)) > 0.4 if padded else None
+    for got, wanted in zip(best_in_pools(score, valid, average), by_sort(score, valid, average)):
+        assert torch.equal(got, wanted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.booleans(), st.booleans(), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 99))
+def test_the_search_by_digits_on_one_rank(shape, ties, padded, dtype, seed):
+    """A digit of the score's bits that is skipped or taken twice, a sign or width that is wrong. Exact."""
+    pools, tokens, (experts, average) = shape
+    score = make_scores(pools, tokens, experts, seed, dtype, ties)
+    valid = torch.rand(pools, tokens, generator=torch.Generator().manual_seed(seed)) > 0.4 if padded else None
+    got = best_over_ranks(score, valid, average, ForwardContext())
+    for a, b in zip(got, by_sort(score, valid, average)):
+        assert torch.equal(a, b)
+
+
+def search_here(cases):
+    """On each rank: its part of every case."""
+    group = dist.group.WORLD
+    forward = ForwardContext(
+        sum_over_data=sum_over(group), gather_over_data=gather_over(group), data_rank=dist.get_rank()
+    )
+    return [
+        best_over_ranks(
+            score.chunk(dist.get_world_size(), 1)[dist.get_rank()],
+            None if valid is None else valid.chunk(dist.get_world_size(), 1)[dist.get_rank()],
+            average,
+            forward,
+        )
+        for score, valid, average in cases
+    ]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_pools_over_ranks(world):
+    """A pool cut into ranks must give what one rank finds: cutoffs, and among equal scores the earlier token, who may
+    lie on another rank. Scores of five values, so that most cutoffs are ties; one rank is all padding. Exact."""
+    cases = []
+    for seed in range(6):
+        score = make_scores(2, 8, 4, seed, torch.float32 if seed % 2 else torch.float64, ties=seed < 4)
+        valid = torch.ones(2, 8, dtype=torch.bool)
+        if seed % 3 == 2:
+            valid[:, 8 - 8 // world :] = False
+            valid[0, 1] = False
+        cases.append((score, valid if seed % 3 else None, 2))
+    found = run_threads(search_here, world, cases)
+    for index, (score, valid, average) in enumerate(cases):
+        chosen, cutoff = by_sort(score, valid, average)
+        assert torch.equal(torch.cat([rank[index][0] for rank in found], 1), chosen)
+        assert all(torch.equal(rank[index][1], cutoff) for rank in found)
+
+
+def test_the_plan_solves_the_limited_assignment():
+    """The soft plan at small entropy must reach the best whole assignment, found by trying all of them: three experts
+    that each take two of six tokens, none of which may have two. The entropy term moves the value by less than
+    sharpness * log(cells of the plan) for each of the six places: 0.001 * 6 * 3 = 0.018."""
+    score = torch.softmax(3 * make_scores(1, 6, 3, 7)[0], -1)
+    plan = capped_plan(score, 1.0, 1, sharpness=1e-3, iterations=5000)
+    torch.testing.assert_close(plan.sum(0), torch.full((3,), 2.0, dtype=torch.float64), rtol=1e-3, atol=0)
+    assert float(plan.sum(1).max()) < 1.001
+    experts = set(itertools.permutations((0, 0, 1, 1, 2, 2)))
+    best = max(sum(float(score[token, expert]) for token, expert in enumerate(choice)) for choice in experts)
+    assert float((plan * score).sum()) == pytest.approx(best, abs=0.018)
+
+
+def test_the_limit_is_held():
+    """Tokens that all experts want: without a limit they get all of them, with it at most two; what is dropped are the
+    lowest scores, and no expert takes more than its share. Exact counts."""
+    score = make_scores(2, 12, 4, 1) * 0.2
+    score[:, :3] += 0.7
+    free, _ = best_in_pools(score, None, 2)
+    assert int(free.sum(-1).max()) == 4
+    held, cutoff = best_at_most(score, None, 2, most=2)
+    assert int(held.sum(-1).max()) <= 2
+    assert (held.sum(1) <= 6).all()
+    assert int(held.sum()) >= 0.9 * int(free.sum())
+    lowest = score.masked_fill(~held, float("inf")).amin(1)
+    assert torch.equal(cutoff, lowest)
