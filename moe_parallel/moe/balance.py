@@ -113,6 +113,7 @@ class Level:
 
     def share_of(self, count: Tensor) -> Tensor:
         """Slots per expert (..., E) to the share that each cell (..., G) has of its segment."""
+        count = count.to(self.share_TG.dtype)
         if self.cell_E is not None:
             empty = count.new_zeros(*count.shape[:-1], self.share_TG.shape[1])
             count = empty.index_add(-1, self.cell_E, count)
@@ -255,11 +256,11 @@ def _device_losses(
 
 def _scoped_loss(scope: DeviceScope, count_BD: Tensor, score_BD: Tensor, context: LayerContext, key: str) -> Tensor:
     if scope is DeviceScope.sequence:
-        return balance_loss_sum(normalized_counts(count_BD), score_BD)
+        return balance_loss_sum(normalized_counts(count_BD.to(score_BD.dtype)), score_BD)
     count_D = count_BD.sum(0)
     if scope is DeviceScope.data_parallel:
         count_D = context.once(key, lambda: context.forward.sum_over_data(count_D.to(torch.float64)))
-    return balance_loss_sum(normalized_counts(count_D), score_BD.sum(0))
+    return balance_loss_sum(normalized_counts(count_D.to(score_BD.dtype)), score_BD.sum(0))
 
 
 def _tokens_sent(choice: Choice, num_devices: int, num_experts: int, context: LayerContext) -> Tensor:

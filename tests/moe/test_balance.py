@@ -8,6 +8,7 @@ import torch
 
 from moe_parallel.moe.balance import (
     BalanceConfig,
+    DeviceScope,
     Level,
     balance_loss_sum,
     balance_terms,
@@ -169,3 +170,64 @@ def test_negative_coefficient_is_refused():
     """A negative weight would reward imbalance."""
     with pytest.raises(ValueError, match=r"balance.global_coefficient=-1"):
         BalanceConfig(global_coefficient=-1)
+
+
+# -- devices and communication -------------------------------------------------------------------------------------
+
+
+def random_routing(tokens=20, experts=8, top_k=3, seed=0):
+    score_TE = torch.softmax(torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed)).double(), -1)
+    return score_TE, score_TE.topk(top_k).indices
+
+
+@pytest.mark.parametrize("scope", ["sequence", "micro_batch", "data_parallel"])
+def test_device_losses_equal_a_loop(scope):
+    """A device counted once a slot instead of once a token, the scores of one expert instead of all of a device,
+    padding in either. The loop follows arXiv 2405.04434 eq. 26 to 31, with shares that sum to 1."""
+    score_TE, expert_TK = random_routing()
+    valid_T = torch.ones(20, dtype=torch.bool)
+    valid_T[17:] = False
+    wanted = 0.0
+    for rows in [range(10), range(10, 20)] if scope == "sequence" else [range(20)]:
+        tokens = [t for t in rows if valid_T[t]]
+        slots, sent = [0.0] * 4, [0.0] * 4
+        for token in tokens:
+            devices = [int(e) // 2 for e in expert_TK[token]]
+            for device in range(4):
+                slots[device] += devices.count(device)
+                sent[device] += device in devices
+        for device in range(4):
+            score = float(score_TE[tokens][:, 2 * device : 2 * device + 2].sum())
+            wanted += 0.2 * 4 * slots[device] / sum(slots) * score + 0.3 * 4 * sent[device] / sum(sent) * score
+    config = BalanceConfig(
+        device_coefficient=0.2, communication_coefficient=0.3, num_devices=4, device_scope=DeviceScope(scope)
+    )
+    assert float(terms(config, score_TE, expert_TK, (2, 10), valid_T)[0]) == pytest.approx(wanted, rel=1e-13)
+
+
+def test_device_losses_at_balance():
+    """1.0 a token each when every device gets equally many slots and tokens, whatever the coefficient of others."""
+    expert_TK = torch.tensor([[0, 2], [1, 3], [4, 6], [5, 7]] * 4)
+    score_TE = torch.full((16, 8), 1 / 8, dtype=torch.float64)
+    options = {"device_coefficient": 0.5, "communication_coefficient": 0.25, "num_devices": 4}
+    config = BalanceConfig(micro_batch_coefficient=0.125, **options)
+    assert float(terms(config, score_TE, expert_TK, (1, 16))[0]) / 16 == pytest.approx(0.875, abs=1e-14)
+
+
+def test_devices_of_one_expert_are_experts():
+    """With as many devices as experts the device loss is the loss over experts."""
+    score_TE, expert_TK = random_routing()
+    device = BalanceConfig(device_coefficient=0.5, num_devices=8, device_scope=DeviceScope.micro_batch)
+    expert = BalanceConfig(micro_batch_coefficient=0.5)
+    a, b = (float(terms(config, score_TE, expert_TK, (2, 10))[0]) for config in (device, expert))
+    assert a == pytest.approx(b, rel=1e-14)
+
+
+def test_device_options_belong_together():
+    """A loss without its devices, devices without a loss, devices that do not divide the experts."""
+    with pytest.raises(ValueError, match=r"balance.num_devices=None belongs to balance.device_coefficient=0.1"):
+        BalanceConfig(device_coefficient=0.1)
+    with pytest.raises(ValueError, match=r"balance.num_devices=4 belongs"):
+        BalanceConfig(num_devices=4)
+    with pytest.raises(ValueError, match=r"balance.num_devices=3 must divide moe.num_experts=8"):
+        BalanceConfig(device_coefficient=0.1, num_devices=3).check_experts(8)
