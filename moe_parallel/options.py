@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
@@ -119,7 +120,22 @@ def register() -> None:
     store.store(name="schema", node=Config)
     for group, kinds in GROUPS_OF_KINDS.items():
         for name, kind in kinds.items():
-            store.store(group=group, name=f"{name}_schema", node=kind)
+            node = OmegaConf.structured(kind)
+            if kind is PluginConfig:  # its options are not known here: any name may be given
+                OmegaConf.set_struct(node.options, False)
+            store.store(group=group, name=f"{name}_schema", node=node)
+
+
+def composed(overrides: list[str], folder: Path) -> Config:
+    """The configuration as train.py makes it of these overrides, from a folder of configs. Raises ConfigError."""
+    register()
+    try:
+        with initialize_config_dir(str(folder), version_base=None):
+            return to_config(compose("train", overrides=overrides))
+    except ConfigError:
+        raise
+    except COMPOSITION_ERRORS as error:
+        raise ConfigError(explain(error, overrides)) from error
 
 
 # -- composed config -> dataclasses --------------------------------------------------------------------------------

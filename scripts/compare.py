@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
-from hydra import compose, initialize_config_dir
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -86,13 +85,7 @@ def seeds_of(text: str) -> list[int]:
 
 def composed(overrides: list[str]) -> Flat:
     """Options of a run as train.py composes and checks them."""
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base=None):
-            config = options.to_config(compose("train", overrides=overrides))
-    except options.ConfigError:
-        raise
-    except options.COMPOSITION_ERRORS as error:
-        raise options.ConfigError(options.explain(error, overrides)) from error
+    config = options.composed(overrides, CONFIGS)
     options.check(config, 1)
     return flatten(options.config_yaml(config))
 

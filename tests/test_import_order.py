@@ -49,6 +49,7 @@ FLOORS: dict[str, int] = {
     "moe_parallel.console": 6,
     "moe_parallel.wandb_run": 6,
     "moe_parallel.engines": 7,
+    "moe_parallel.causality": 7,
     # The loop, what it reports, and all options in one place.
     "moe_parallel.tracking": 8,
     "moe_parallel.trainer": 8,

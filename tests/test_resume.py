@@ -23,11 +23,13 @@ SCHEDULE = ("evaluation.every_steps=4", "checkpoint.every_steps=3")
 
 
 @pytest.mark.parametrize(
-    ("state", "ranks", "ep"), [(LOOK_AHEAD, 1, 1), (LOSS_FREE, 1, 1), (LOOK_AHEAD, 2, 2), (LOSS_FREE, 2, 2), (CUTOFFS, 2, 2)],
+    ("state", "ranks", "ep"),
+    [(LOOK_AHEAD, 1, 1), (LOSS_FREE, 1, 1), (LOOK_AHEAD, 2, 2), (LOSS_FREE, 2, 2), (CUTOFFS, 2, 2)],
 )
 def test_stopped_and_resumed_is_the_same_run(runner: Runner, state: tuple[str, ...], ranks: int, ep: int) -> None:
     """Would catch: any state that a checkpoint lacks or that is restored late: moments, their step counts, the place
-    in the data, the router's bias or cutoffs, the look-ahead counts, the schedule; a line of metrics.jsonl lost or doubled.
+    in the data, the bias or cutoffs of routers, the look-ahead counts, the schedule; a line of metrics.jsonl that is
+    lost or doubled.
 
     No tolerance: the same arithmetic in the same order.
     """

@@ -95,9 +95,13 @@ class MoELayer(nn.Module):
 
     def looks_at(self, training: bool) -> LooksAt:
         """Which other tokens may change a token's output."""
-        limited = training and self.config.capacity_factor is not None
-        seen = LooksAt.past | LooksAt.future | LooksAt.others if limited else LooksAt.itself
-        return seen | self.router.looks_at(training)
+        seen = self.router.looks_at(training)
+        if training and self.config.capacity_factor is not None:
+            seen |= LooksAt.past | LooksAt.others
+            # By position, a token's first choice comes before all second choices, and only those wait for later tokens.
+            if self.config.drop_order is not DropOrder.position or self.router.config.top_k > 1:
+                seen |= LooksAt.future
+        return seen
 
     def forward(
         self, x_TD: Tensor, context: LayerContext, renormalize: Callable[[int, Tensor], Tensor] | None = None

@@ -18,7 +18,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
@@ -85,9 +84,7 @@ class Planned:
 
 def load(overrides: tuple[str, ...]) -> options.Config:
     """Compose and convert exactly as train.py does."""
-    options.register()
-    with initialize_config_dir(config_dir=str(CONFIGS), version_base=None):
-        return options.to_config(compose("train", overrides=list(overrides)))
+    return options.composed(list(overrides), CONFIGS)
 
 
 def load_plan(plan: Plan) -> options.Config:

@@ -156,7 +156,10 @@ class ExpertChoiceRouter(Router):
         config = self.config
         if not training or (config.training is Policy.threshold and config.warmup_steps == 0):
             return LooksAt.itself
-        return LooksAt.others if config.pool is Pool.position else LooksAt.past | LooksAt.future | LooksAt.others
+        if config.pool is Pool.position:
+            return LooksAt.others
+        own = LooksAt.past | LooksAt.future
+        return own if config.pool is Pool.micro_batch and config.pool_sequences == 1 else own | LooksAt.others
 
     def forward(self, x_TD: Tensor, context: LayerContext) -> Tensor:
         return linear_logits(x_TD, self.weight)
