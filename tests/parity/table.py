@@ -93,6 +93,18 @@ EVERYWHERE = {"pool": "data_parallel", "pool_sequences": 4, "allow_leak": True}
 THRESHOLD = {"training": "threshold", "pool": "data_parallel", "pool_sequences": 4, "score": Score.sigmoid}
 DEVICES = {"sequence_coefficient": 0.1, "device_coefficient": 0.2, "communication_coefficient": 0.3, "num_devices": 2}
 
+ROUTERS_ONE = [
+    Case("one rank, chain of 3, full recompute", 1, moe=THREE, recompute="full", micro_batches=2, balance=ALL_LOSSES),
+    Case("one rank, expert choice, sequences", 1, kind="expert_choice", router=POOL, rows=2, whole_rows=True),
+    Case("one rank, expert choice, global batch", 1, kind="expert_choice", router=WHOLE, rows=3, recompute="full"),
+    Case("one rank, threshold, 2 micro-batches", 1, kind="expert_choice", router=THRESHOLD, rows=4, micro_batches=2),
+    Case("one rank, bi-level", 1, kind="bi_level", balance=ALL_LOSSES, micro_batches=2),
+    Case("one rank, random", 1, kind="random", recompute="full"),
+    Case("one rank, hash", 1, kind="hash"),
+    Case("one rank, switch", 1, moe=CAPACITY, router={"top_k": 1, "input_jitter": 0.1}, recompute="full"),
+    Case("one rank, losses over devices", 1, balance=DEVICES, micro_batches=2),
+]  # fmt: skip
+
 ROUTERS_TWO = [
     Case("chain of 2, ep 2", 2, ep=2, moe=CHAIN, micro_batches=2, balance={**ALL_LOSSES, "bias_rate": 0.05}),
     Case("chain of 2, ep 2, full recompute", 2, ep=2, moe=CHAIN, recompute="full", micro_batches=2, balance=ALL_LOSSES),
@@ -128,6 +140,10 @@ ROUTERS_FOUR = [
     Case("expert choice, global batch, ep 4", 4, ep=4, kind="expert_choice", router=WHOLE, rows=2),
     Case("expert choice, position, ep 2 x expert shard 2", 4, ep=2, kind="expert_choice", router={"pool": "position"}, rows=2),
     Case("threshold, ep 4", 4, ep=4, kind="expert_choice", router={**THRESHOLD, "pool_sequences": 4}),
+    Case("expert choice, capped, ep 4", 4, ep=4, kind="expert_choice", router={**POOL, "max_experts_per_token": 3}, rows=2),
+    Case("switch, ep 4", 4, ep=4, moe=CAPACITY, router={"top_k": 1, "input_jitter": 0.1}, micro_batches=2),
+    Case("gshard, ep 4", 4, ep=4, moe=CAPACITY, router={"normalize": True, "random_second": True}),
+    Case("bi-level, a router per node, ep 4", 4, ep=4, kind="bi_level", router={"local_router_per_node": True}, balance=ALL_LOSSES),
     Case("bi-level, ep 4", 4, ep=4, kind="bi_level", num_experts=8, balance=ALL_LOSSES),
     Case("random, ep 4", 4, ep=4, kind="random"),
     Case("hash, ep 4, idle rank", 4, ep=4, kind="hash", idle_rank=True),

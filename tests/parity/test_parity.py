@@ -73,12 +73,12 @@ def references() -> dict[str, list[Outcome]]:
     """One plain process, computed once for both tiers."""
     torch.set_num_threads(1)
     cases = [*table.ONE, *table.TWO, *table.FOUR, *table.EIGHT, *table.ROUTERS_TWO, *table.ROUTERS_FOUR]
-    cases += [*table.DISPATCH_TWO, *table.DISPATCH_FOUR]
+    cases += [*table.ROUTERS_ONE, *table.DISPATCH_TWO, *table.DISPATCH_FOUR]
     assert len({case.name for case in cases}) == len(cases), "references are found by name"
     return {case.name: run_reference(case) for case in cases}
 
 
-@pytest.mark.parametrize("rows", ["ONE", *SMALL, "EIGHT"])
+@pytest.mark.parametrize("rows", ["ONE", "ROUTERS_ONE", *SMALL, "EIGHT"])
 def test_threads(rows, references, parity_table):
     """A missing, doubled or wrongly scaled reduction leaves the loss right and the gradient wrong."""
     cases = getattr(table, rows)
