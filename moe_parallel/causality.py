@@ -1,24 +1,36 @@
-"""Which other tokens a token's output depends on: measured by changing them, and compared with what is declared."""
+"""Which other tokens a token's experts and output depend on: measured by changing them, compared with what is declared.
+
+Three changes, each to one sequence of a batch or to all others: what follows a place, what precedes it, all other
+sequences. Tokens that were not changed are watched: their experts, weights and output must not move, but for what is
+declared. In evaluation a text is also cut off and taken out of its batch, as in generation.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moe_data.batch import TokenBatch
-from moe_parallel.model.architecture import Architecture
+from moe_data.batch import IGNORE, TokenBatch
+from moe_parallel.model.architecture import Architecture, ModelConfig
+from moe_parallel.model.attention import GroupedQueryConfig
 from moe_parallel.model.transformer import Transformer
+from moe_parallel.moe.dispatch.local import LocalDispatcher, LocalTicket
 from moe_parallel.moe.layer import MoELayer
 from moe_parallel.moe.routers.router import BatchShape, LooksAt
-from moe_parallel.moe.routing import ForwardContext, LayerContext
+from moe_parallel.moe.routing import ForwardContext, LayerContext, Routing
 
-DIM, LENGTH, VOCABULARY = 16, 16, 64
-DRAWS = 6
-"""Weights and rows are drawn so many times: a choice may be the same by chance although it depends on other tokens."""
-ROUNDING = 1e-9
-"""Outputs are about 1 in float64; a token that goes elsewhere moves by 1e-2 and more."""
+DIM, EXPERT_DIM, VOCABULARY = 16, 4, 13
+LENGTHS, MOST_SEQUENCES = (12, 24, 48, 96), 1024
+DRAWS = 12
+"""Times that texts are drawn and the router's state moves on: what is looked at may be so by chance or seldom."""
+ROUNDING = 1e-10
+"""Relative to the largest value. In float64 other sums are rounded to 1e-15; another expert or weight moves by 1e-2."""
+
+Run = Callable[["Texts", ForwardContext], Tensor]
+"""Texts -> (B, S, X): all that is watched of each token."""
 
 
 @dataclass(frozen=True)
@@ -30,178 +42,280 @@ class Finding:
     measured: LooksAt
     allowed: LooksAt
     """What it may look at whatever it declares."""
+    trouble: str = ""
+    """Why nothing could be measured."""
 
     @property
     def is_fine(self) -> bool:
         """Nothing was seen that is not declared, or not allowed."""
-        return self.measured & ~(self.declared & self.allowed) == LooksAt.itself
+        return not self.trouble and self.measured & ~(self.declared & self.allowed) == LooksAt.itself
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.trouble:
+            return self.trouble
+        if self.measured & ~self.allowed:
+            return "LOOKS AT THE FUTURE IN EVALUATION"
+        return "fine" if self.is_fine else "LOOKS AT MORE THAN IT DECLARES"
 
 
-ANYTHING = LooksAt.past | LooksAt.future | LooksAt.others
+class CannotMeasureError(Exception):
+    """A token's output is not a function of what it is given."""
 
 
-def probe(architecture: Architecture) -> list[Finding]:
-    """Measure a layer of these options in training and in evaluation, and a whole model in evaluation.
+def probe(architecture: Architecture, draws: int = DRAWS) -> list[Finding]:
+    """Measure a layer and a model of these options, with their numbers of experts but of small width.
 
     Raises:
-        ValueError: no number of sequences up to 512 suits the router's pools.
+        ValueError: the model has no experts, or no batch suits the router.
     """
-    sequences = _sequences_for(architecture)
-    seen = dict.fromkeys((True, False), LooksAt.itself)
-    leak = LooksAt.itself
-    for draw in range(DRAWS):
-        layer = _make_layer(architecture, draw)
-        _settle(layer, sequences, draw)
-        for training in seen:
-            seen[training] |= _measure_layer(layer, sequences, training, draw)
-        leak |= _measure_model(architecture, draw)
-    findings = [
-        Finding(
-            f"layer, {'training' if training else 'evaluation'}",
-            layer.looks_at(training),
-            measured,
-            ANYTHING if training else ~LooksAt.future,
-        )
-        for training, measured in seen.items()
-    ]
-    past = LooksAt.past  # through attention
-    return [*findings, Finding("model, evaluation", past | layer.looks_at(False), past | leak, ~LooksAt.future)]
-
-
-def _sequences_for(architecture: Architecture) -> int:
-    problem: ValueError | None = None
-    for sequences in range(4, 513):
-        try:
-            shape = BatchShape(1, 1, sequences, LENGTH)
-            architecture.router.check_batch(shape, architecture.moe.num_experts)
-        except ValueError as error:
-            problem = error
-        else:
-            return sequences
-    raise ValueError(f"no batch of up to 512 sequences of {LENGTH} tokens suits this router: {problem}")
-
-
-def _draw(tensor: Tensor, generator: torch.Generator, scale: float) -> None:
-    tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * scale)
-
-
-@torch.no_grad()
-def _make_layer(architecture: Architecture, draw: int) -> MoELayer:
-    """A layer of small width, with weights at which routing is lively."""
-    moe = replace(architecture.moe, expert_dim=8)
-    layer = MoELayer(DIM, moe, architecture.router, architecture.balance, 0).double()
-    generator = torch.Generator().manual_seed(draw)
-    for parameter in layer.parameters():
-        _draw(parameter, generator, 0.5)
-    for router in layer.routers:
-        if router.bias is not None:
-            _draw(router.bias, generator, 0.05)
-    return layer
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What a layer is given: rows, and what a router may know of their tokens."""
-
-    x_TD: Tensor
-    token_T: Tensor
-    source_T: Tensor
-
-    @staticmethod
-    def drawn(num_tokens: int, seed: int) -> _Rows:
-        generator = torch.Generator().manual_seed(seed)
-        return _Rows(
-            torch.randn(num_tokens, DIM, generator=generator, dtype=torch.float64),
-            torch.randint(0, VOCABULARY, (num_tokens,), generator=generator),
-            torch.randint(0, 3, (num_tokens,), generator=generator),
-        )
-
-    def changed(self, where_T: Tensor, seed: int) -> _Rows:
-        """Other rows, tokens and sources at the marked places."""
-        other = _Rows.drawn(where_T.numel(), seed)
-        return _Rows(
-            torch.where(where_T[:, None], other.x_TD, self.x_TD),
-            torch.where(where_T, other.token_T, self.token_T),
-            torch.where(where_T, other.source_T, self.source_T),
-        )
-
-    def context(self, training: bool) -> LayerContext:
-        num_tokens = self.token_T.numel()
-        position_T = torch.arange(num_tokens) % LENGTH
-        return LayerContext(
-            layer=0,
-            batch_shape=(num_tokens // LENGTH, LENGTH),
-            token_id_T=torch.arange(num_tokens),
-            token_T=self.token_T,
-            position_T=position_T,
-            document_T=torch.zeros_like(position_T),
-            source_T=self.source_T,
-            forward=ForwardContext(step=1, training=training),
-        )
-
-
-@torch.no_grad()
-def _settle(layer: MoELayer, sequences: int, draw: int) -> None:
-    """Give what routers keep between steps the values of a step, so that evaluation has cutoffs to go by."""
-    rows = _Rows.drawn(sequences * LENGTH, 1000 + draw)
-    for router, stats in zip(layer.routers, layer(rows.x_TD, rows.context(training=True))[1]):
-        count_E = stats.count_E.double()
-        router.after_step(count_E, count_E * 0 if stats.observed_E is None else stats.observed_E, layer.balance)
-
-
-@torch.no_grad()
-def _measure_layer(layer: MoELayer, sequences: int, training: bool, draw: int) -> LooksAt:
-    rows = _Rows.drawn(sequences * LENGTH, draw)
-    before_TD = layer(rows.x_TD, rows.context(training))[0]
-    place_T = torch.arange(sequences * LENGTH)
-    sequence, middle = draw % sequences, LENGTH // 2
-    mine_T, early_T = place_T // LENGTH == sequence, place_T % LENGTH < middle
-    seen = LooksAt.itself
-    for what, changed_T, watched_T in (
-        (LooksAt.future, mine_T & ~early_T, mine_T & early_T),
-        (LooksAt.past, mine_T & early_T, mine_T & ~early_T),
-        (LooksAt.others, ~mine_T, mine_T),
+    if architecture.num_moe_layers == 0:
+        raise ValueError("the model has no mixture-of-experts layer; lower model.first_dense_layers")
+    sequences, length = _batch_for(architecture)
+    small = _small(architecture)
+    layer = MoELayer(DIM, small.moe, small.router, small.balance, 0)
+    model = Transformer(small)
+    findings = []
+    for what, module, run, layers, visible in (
+        ("layer", layer, _run_layer(layer), [layer], LooksAt.itself),
+        ("model", model, _run_model(model), [block.ffn for block in model.blocks], LooksAt.past),  # by attention
     ):
-        other = rows.changed(changed_T, 500 + draw)
-        after_TD = layer(other.x_TD, other.context(training))[0]
-        if float((after_TD - before_TD)[watched_T].abs().max()) > ROUNDING:
-            seen |= what
-    return seen
+        module.double()
+        _draw_weights(module, torch.Generator().manual_seed(0))
+        seen = _measure(run, [part for part in layers if isinstance(part, MoELayer)], sequences, length, draws)
+        for training, (measured, trouble) in seen.items():
+            policy = "training" if training else "evaluation"
+            allowed = LooksAt.past | LooksAt.others | (LooksAt.future if training else LooksAt.itself)
+            declared = layer.looks_at(training) | visible
+            findings.append(Finding(f"{what}, {policy}", declared, measured, allowed, trouble))
+    return findings
 
 
-@torch.no_grad()
-def _measure_model(architecture: Architecture, draw: int) -> LooksAt:
-    """Whether logits of a text in evaluation depend on what follows."""
-    small = Architecture(
-        model=replace(
-            architecture.model, dim=DIM * architecture.attention.num_heads, num_layers=2, first_dense_layers=0
-        ),
-        attention=architecture.attention,
-        moe=replace(architecture.moe, expert_dim=8),
+def _batch_for(architecture: Architecture) -> tuple[int, int]:
+    """The smallest batch that suits the router: sequences, tokens of one."""
+    problem: ValueError | None = None
+    for length in LENGTHS:
+        for sequences in range(3, MOST_SEQUENCES + 1):
+            try:
+                architecture.router.check_batch(BatchShape(1, 1, sequences, length), architecture.moe.num_experts)
+            except ValueError as error:
+                problem = error
+            else:
+                return sequences, length
+    raise ValueError(f"no batch of 3 to {MOST_SEQUENCES} sequences suits this router: {problem}")
+
+
+def _small(architecture: Architecture) -> Architecture:
+    return Architecture(
+        model=ModelConfig(dim=DIM, num_layers=2),
+        attention=GroupedQueryConfig(num_heads=2),
+        moe=replace(architecture.moe, expert_dim=EXPERT_DIM),
         router=architecture.router,
         balance=architecture.balance,
         vocab_size=VOCABULARY,
     )
-    model = Transformer(small).double().eval()
-    generator = torch.Generator().manual_seed(draw)
-    for parameter in model.parameters():
-        _draw(parameter, generator, 0.3)
-    text, middle = torch.randint(0, VOCABULARY, (2, LENGTH), generator=generator), LENGTH // 2
-    text[1, :middle] = text[0, :middle]
-    logits = [model(_one_text(text_S), ForwardContext(training=False))[0][0, :middle] for text_S in text]
-    return LooksAt.future if float((logits[0] - logits[1]).abs().max()) > ROUNDING else LooksAt.itself
 
 
-def _one_text(text_S: Tensor) -> TokenBatch:
-    token_BS, zero_B = text_S[None], torch.zeros(1, dtype=torch.int64)
-    return TokenBatch(
-        token_BS=token_BS,
-        target_BS=token_BS,
-        position_BS=torch.arange(LENGTH)[None],
-        document_BS=torch.zeros_like(token_BS),
-        sequence_B=zero_B,
-        source_B=zero_B,
-        document_lengths=((LENGTH,),),
-        num_targets=LENGTH,
-        num_valid=LENGTH,
-    )
+@torch.no_grad()
+def _draw_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """Numbers at which rows have a size of about 1, and routing is lively."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.RMSNorm):
+            continue
+        of_router = any(piece in ("router", "later_routers") for piece in name.split("."))
+        for parameter in part.parameters(recurse=False):
+            scale = parameter.shape[-1] ** -0.5 if parameter.ndim >= 2 else 0.5
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(drawn * (2 * scale if of_router else scale))
+        for buffer in part.buffers(recurse=False):
+            buffer.zero_()
+
+
+# -- texts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A batch, and a row of numbers for each token for layers that are probed alone."""
+
+    batch: TokenBatch
+    row_BSD: Tensor
+
+    @staticmethod
+    def of(token_BS: Tensor, document_BS: Tensor, source_B: Tensor, sequence_B: Tensor, row_BSD: Tensor) -> Texts:
+        """Positions, lengths and counts follow from the documents."""
+        spans = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in document_BS]
+        position_BS = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in spans])
+        valid_BS = document_BS >= 0
+        batch = TokenBatch(
+            token_BS=torch.where(valid_BS, token_BS, 0),
+            target_BS=torch.full_like(token_BS, IGNORE),
+            position_BS=position_BS,
+            document_BS=document_BS,
+            sequence_B=sequence_B,
+            source_B=source_B,
+            document_lengths=tuple(tuple(row) for row in spans),
+            num_targets=0,
+            num_valid=int(valid_BS.sum()),
+        )
+        return Texts(batch, row_BSD)
+
+    @staticmethod
+    def drawn(sequences: int, length: int, generator: torch.Generator) -> Texts:
+        """Random tokens in documents of random lengths; some sequences end in padding."""
+        document_BS = (torch.rand(sequences, length, generator=generator) < 0.15).cumsum(1)
+        padding_B = torch.randint(0, length // 3, (sequences,), generator=generator)
+        padding_B *= torch.rand(sequences, generator=generator) < 0.4
+        padded_BS = torch.arange(length) >= length - padding_B[:, None]
+        first = int(torch.randint(0, 1000, (), generator=generator))
+        return Texts.of(
+            torch.randint(0, VOCABULARY, (sequences, length), generator=generator),
+            document_BS.masked_fill(padded_BS, -1),
+            torch.randint(0, 3, (sequences,), generator=generator),
+            first + torch.randperm(sequences, generator=generator),
+            torch.randn(sequences, length, DIM, generator=generator, dtype=torch.float64),
+        )
+
+    def replaced(self, other: Texts, where_BS: Tensor) -> Texts:
+        """Other tokens and rows at the marked places, and what belongs to them."""
+        mine, theirs = self.batch, other.batch
+        whole_B = where_BS.all(1)
+        document_BS = torch.where(whole_B[:, None], theirs.document_BS, mine.document_BS)
+        for b in torch.nonzero(where_BS[:, -1] & ~whole_B).flatten().tolist():  # an ending: other documents follow
+            start = int(where_BS[b].to(torch.int64).argmax())
+            before = int(mine.document_BS[b, start - 1])
+            ending_S = theirs.document_BS[b, start:]
+            moved_S = ending_S - theirs.document_BS[b, start - 1] + before
+            padded_S = (ending_S < 0) | (before < 0)
+            document_BS[b, start:] = torch.where(padded_S, -1, moved_S)
+        return Texts.of(
+            torch.where(where_BS, theirs.token_BS, mine.token_BS),
+            document_BS,
+            torch.where(whole_B, theirs.source_B, mine.source_B),
+            torch.where(whole_B, theirs.sequence_B + 1000, mine.sequence_B),
+            torch.where(where_BS[..., None], other.row_BSD, self.row_BSD),
+        )
+
+    def alone(self, sequence: int, length: int) -> Texts:
+        """The beginning of one sequence without the others."""
+        batch, cut = self.batch, (slice(sequence, sequence + 1), slice(length))
+        number = torch.zeros(1, dtype=torch.int64)  # numbers of tokens follow from it, and do not see the length
+        source_B = batch.source_B[sequence : sequence + 1]
+        return Texts.of(batch.token_BS[cut], batch.document_BS[cut], source_B, number, self.row_BSD[cut])
+
+
+# -- what is watched -----------------------------------------------------------------------------------------------
+
+
+class _Watched(LocalDispatcher):
+    """Keeps which experts each token was sent to, and with what weights."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, Tensor, LocalTicket]:
+        num_experts = routing.count_E.numel()
+        expert_N = torch.arange(num_experts).repeat_interleave(routing.count_E)
+        zero_TE = torch.zeros(x_TD.shape[0], num_experts, dtype=torch.float64)
+        for value_N in (routing.weight_N.double(), torch.ones_like(routing.weight_N, dtype=torch.float64)):
+            self.seen.append(zero_TE.index_put((routing.token_N, expert_N), value_N, accumulate=True))
+        return super().dispatch(x_TD, routing, context)
+
+
+def _run_layer(layer: MoELayer) -> Run:
+    watched = _Watched()
+    layer.dispatcher = watched
+
+    def run(texts: Texts, forward: ForwardContext) -> Tensor:
+        watched.seen.clear()
+        out_TD, _ = layer(texts.row_BSD.flatten(0, 1), forward.for_layer(0, texts.batch))
+        return torch.cat([out_TD, *watched.seen], dim=1).unflatten(0, texts.batch.token_BS.shape)
+
+    return run
+
+
+def _run_model(model: Transformer) -> Run:
+    def run(texts: Texts, forward: ForwardContext) -> Tensor:
+        logits_BSV: Tensor = model(texts.batch, forward)[0]
+        return logits_BSV
+
+    return run
+
+
+# -- measuring -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _measure(
+    run: Run, layers: list[MoELayer], sequences: int, length: int, draws: int
+) -> dict[bool, tuple[LooksAt, str]]:
+    """What was seen in training (True) and in evaluation, and what kept from measuring.
+
+    What routers keep from step to step starts as in a new model and moves on after each draw; the number of the step
+    grows faster, so that rules that change with it are met.
+    """
+    generator = torch.Generator().manual_seed(1)
+    found = dict.fromkeys((True, False), (LooksAt.itself, ""))
+    for draw in range(draws):
+        texts, other = (Texts.drawn(sequences, length, generator) for _ in range(2))
+        for training, (seen, trouble) in found.items():
+            no_padding = not texts.batch.has_padding
+            forward = ForwardContext(step=2**draw - 1, training=training, seed=draw, no_padding=no_padding)
+            if not trouble:
+                try:
+                    found[training] = (seen | _looks_at(run, texts, other, forward, layers, generator), "")
+                except CannotMeasureError as error:
+                    found[training] = (seen, str(error))
+        _settle(layers, texts, draw, generator)
+    return found
+
+
+def _looks_at(
+    run: Run, texts: Texts, other: Texts, forward: ForwardContext, layers: list[MoELayer], generator: torch.Generator
+) -> LooksAt:
+    shape = texts.batch.token_BS.shape
+    valid_B = (texts.batch.document_BS >= 0).sum(1)
+    sequence = int(torch.randint(0, shape[0], (), generator=generator))
+    place = int(torch.randint(1, int(valid_B[sequence]), (), generator=generator))
+    before = run(texts, forward)
+    if not before.isfinite().all():
+        raise CannotMeasureError("weights or outputs are not finite")
+    if not torch.equal(before, run(texts, forward)):
+        raise CannotMeasureError("A SECOND PASS DIFFERS: draw by context.random, write nothing in forward")
+    mine_BS = (torch.arange(shape[0]) == sequence)[:, None].expand(shape)
+    late_BS = (torch.arange(shape[1]) >= place).expand(shape)
+    seen = LooksAt.itself
+    for flag, changed_BS, watched_BS in (
+        (LooksAt.future, mine_BS & late_BS, mine_BS & ~late_BS),
+        (LooksAt.past, mine_BS & ~late_BS, mine_BS & late_BS),
+        (LooksAt.others, ~mine_BS, mine_BS),
+    ):
+        changed = texts.replaced(other, changed_BS)
+        watched_BS = watched_BS & (texts.batch.document_BS >= 0)
+        context = replace(forward, no_padding=not changed.batch.has_padding)
+        if _differ(before[watched_BS], run(changed, context)[watched_BS]):
+            seen |= flag
+    # Experts that are dealt out in turn, for benchmarks, suit no single text.
+    if not forward.training and not any(layer.router.config.forced_balance for layer in layers):
+        whole, part = (run(texts.alone(sequence, end), forward)[0] for end in (shape[1], place))
+        if _differ(whole[:place], part):
+            seen |= LooksAt.future
+    return seen
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return not bool(((a - b).abs() <= ROUNDING * (1 + a.abs().max())).all())  # also where b is not a number
+
+
+def _settle(layers: list[MoELayer], texts: Texts, draw: int, generator: torch.Generator) -> None:
+    """One step of what routers keep, and lively biases: an expert's is near the differences between scores."""
+    forward = ForwardContext(step=2**draw - 1, seed=draw)
+    for layer in layers:
+        _, all_stats = layer(texts.row_BSD.flatten(0, 1), forward.for_layer(layer.layer, texts.batch))
+        for router, stats in zip(layer.routers, all_stats):
+            count_E = stats.count_E.double()
+            observed_E = torch.zeros_like(count_E) if stats.observed_E is None else stats.observed_E
+            router.after_step(count_E, observed_E, layer.balance)
+            if router.bias is not None:
+                router.bias.copy_(torch.randn(router.bias.shape, generator=generator) * 0.2)

@@ -292,7 +292,10 @@ def load_config(path: Path) -> Config:
 
 def plain_architecture(shape: Architecture) -> dict[str, Any]:
     """What makes a model another model, for its checkpoints."""
-    return plain(dataclasses.asdict(shape))
+    values = plain(dataclasses.asdict(shape))
+    if "plugin" in values["router"]:  # the file may have moved
+        values["router"]["plugin"] = Path(values["router"]["plugin"]).name
+    return values
 
 
 def swept_name(overrides: list[str], arguments: list[str]) -> str:

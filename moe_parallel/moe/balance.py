@@ -188,12 +188,18 @@ class BalanceTerms:
 
 
 def balance_terms(
-    config: BalanceConfig, levels: tuple[Level, ...], choice: Choice, num_experts: int, context: LayerContext
+    config: BalanceConfig,
+    levels: tuple[Level, ...],
+    choice: Choice,
+    num_experts: int,
+    context: LayerContext,
+    share_TE: Tensor | None = None,
 ) -> BalanceTerms:
     """All configured balance losses of one pass.
 
     Args:
         choice: what the losses count, before drops.
+        share_TE: normalized scores of the experts, for the losses over devices; None if the first level has them.
     """
     count_BE = selection_counts(choice, num_experts, context)
     count_E = count_BE.sum(0)
@@ -217,7 +223,8 @@ def balance_terms(
             weighted = weighted + coefficient * level.weight * values[-1]
         value = torch.stack(values).mean()
     if config.num_devices is not None:
-        weighted = weighted + _device_losses(config, levels[0].share_TG, choice, count_BE, context)
+        share_TE = levels[0].share_TG if share_TE is None else share_TE
+        weighted = weighted + _device_losses(config, share_TE, choice, count_BE, context)
     return BalanceTerms(
         weighted=weighted,
         value=value.detach(),

@@ -180,7 +180,7 @@ class MoELayer(nn.Module):
         num_experts, valid_T = self.config.num_experts, context.valid_T
         config = self.balance if context.forward.training else BalanceConfig()  # an evaluation has no losses
         counted = routed.choice if routed.counted is None else routed.counted
-        terms = balance_terms(config, routed.levels, counted, num_experts, context)
+        terms = balance_terms(config, routed.levels, counted, num_experts, context, routed.share_TE)
         z_square = torch.stack([z_loss_sum(logits, valid_T) for logits in routed.logits]).sum()
         with torch.no_grad():
             entropy_T = torch.special.entr(routed.share_TE).sum(-1)

@@ -31,7 +31,7 @@ def best_in_pools(score_PQE: Tensor, valid_PQ: Tensor | None, average: float) ->
     if valid_PQ is None:
         take = math.floor(num_tokens * average / num_experts)
         take_P = torch.full_like(score_PQE[:, 0, 0], take, dtype=torch.int64)
-        cutoff_PE = score_PQE.topk(take, dim=1).values[:, -1]
+        cutoff_PE = score_PQE.topk(max(take, 1), dim=1).values[:, -1]
     else:
         take_P = _take(valid_PQ.sum(1), average, num_experts)
         score_PQE = score_PQE.masked_fill(~valid_PQ.unsqueeze(-1), -1.0)

@@ -5,6 +5,7 @@
 
 import itertools
 import math
+import threading
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_parallel.collectives import gather_over, sum_over
+from moe_parallel.moe import pool
 from moe_parallel.moe.pool import best_at_most, best_in_pools, best_over_ranks, capped_plan
 from moe_parallel.moe.routing import ForwardContext
 from tests.ranks import run_threads
@@ -27,14 +29,14 @@ def by_sort(score_PQE, valid_PQ, average):
     """Sort all valid tokens by (score, earlier first) and take the first floor(tokens * average / experts)."""
     chosen = torch.zeros_like(score_PQE, dtype=torch.bool)
     cutoff = torch.zeros_like(score_PQE[:, 0])
-    for pool, score_QE in enumerate(score_PQE):
-        tokens = [t for t in range(score_QE.shape[0]) if valid_PQ is None or valid_PQ[pool, t]]
+    for row, score_QE in enumerate(score_PQE):
+        tokens = [t for t in range(score_QE.shape[0]) if valid_PQ is None or valid_PQ[row, t]]
         take = math.floor(len(tokens) * average / score_QE.shape[1])
         for expert in range(score_QE.shape[1]):
             best = sorted(tokens, key=lambda t: (-float(score_QE[t, expert]), t))[:take]
-            chosen[pool, best, expert] = True
+            chosen[row, best, expert] = True
             if best:
-                cutoff[pool, expert] = min(score_QE[t, expert] for t in best)
+                cutoff[row, expert] = min(score_QE[t, expert] for t in best)
     return chosen, cutoff
 
 
@@ -64,6 +66,71 @@ def test_the_search_by_digits_on_one_rank(shape, ties, padded, dtype, seed):
     got = best_over_ranks(score, valid, average, ForwardContext())
     for a, b in zip(got, by_sort(score, valid, average)):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("digit_bits", [8, 4, 2, 1])
+def test_digits_of_every_width(monkeypatch, digit_bits):
+    """Long pools search in smaller digits to bound the histograms; no small test would reach them otherwise. The sums
+    over ranks tell how wide a digit really was. Exact."""
+    monkeypatch.setattr(pool, "_HISTOGRAM_CELLS", (2 * 4) << digit_bits)
+    widths = []
+    forward = ForwardContext(sum_over_data=lambda value: widths.append(value.shape[-1]) or value)
+    for dtype, ties in itertools.product((torch.float32, torch.float64), (True, False)):
+        score = make_scores(2, 12, 4, 5, dtype, ties)
+        for got, wanted in zip(best_over_ranks(score, None, 2, forward), by_sort(score, None, 2)):
+            assert torch.equal(got, wanted)
+    assert max(widths) == 2**digit_bits
+
+
+def test_a_pool_too_small_for_one_token_each():
+    """Where the share of an expert is below one token nothing is taken, with padding or without; a cutoff of the best
+    score would say that something was."""
+    score = make_scores(2, 3, 8, 0)
+    for valid in (None, torch.ones(2, 3, dtype=torch.bool)):
+        for found in (best_in_pools(score, valid, 1), best_over_ranks(score, valid, 1, ForwardContext())):
+            assert not found[0].any()
+            assert (found[1] == 0).all()
+
+
+def on_simulated_ranks(parts, average):
+    """`best_over_ranks` on threads that meet at a barrier: like ranks, but cheap enough for many examples, and free to
+    hold unequal parts."""
+    barrier, box, found = threading.Barrier(len(parts), timeout=20), [None] * len(parts), [None] * len(parts)
+
+    def work(rank):
+        def gather(value):
+            box[rank] = value
+            barrier.wait()
+            everyone = torch.stack(box)
+            barrier.wait()
+            return everyone
+
+        forward = ForwardContext(sum_over_data=lambda v: gather(v).sum(0), gather_over_data=gather, data_rank=rank)
+        found[rank] = best_over_ranks(*parts[rank], average, forward)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(parts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert None not in found, "a rank failed"
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(SHAPES, st.lists(st.integers(0, 12), max_size=3), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_no_result_depends_on_how_a_pool_is_cut(shape, cuts, ties, padded, seed):
+    """Any cut of the tokens into up to four ranks, also into parts of nothing, gives what one rank finds: cutoffs, and
+    among equal scores the earlier token. Exact."""
+    pools, tokens, (experts, average) = shape
+    score = make_scores(pools, tokens, experts, seed, torch.float32 if seed % 2 else torch.float64, ties)
+    valid = torch.rand(pools, tokens, generator=torch.Generator().manual_seed(seed)) > 0.4 if padded else None
+    places = [0, *sorted(min(cut, tokens) for cut in cuts), tokens]
+    cut = [slice(a, b) for a, b in itertools.pairwise(places)]
+    found = on_simulated_ranks([(score[:, s], None if valid is None else valid[:, s]) for s in cut], average)
+    chosen, cutoff = best_in_pools(score, valid, average)
+    assert torch.equal(torch.cat([mask for mask, _ in found], 1), chosen)
+    assert all(torch.equal(part, cutoff) for _, part in found)
 
 
 def search_here(cases):
@@ -113,6 +180,31 @@ def test_the_plan_solves_the_limited_assignment():
     experts = set(itertools.permutations((0, 0, 1, 1, 2, 2)))
     best = max(sum(float(score[token, expert]) for token, expert in enumerate(choice)) for choice in experts)
     assert float((plan * score).sum()) == pytest.approx(best, abs=0.018)
+
+
+def test_the_plan_meets_the_conditions_of_an_optimum():
+    """The problem is convex, so a plan is the best one exactly when it keeps the sums and these conditions: a token
+    below its limit pays nothing, so that sharpness * log(plan) - score is one number for each expert wherever the cell
+    is not full; a token at its limit, or a full cell, pays something: the number is lower. A projection that forgets to
+    undo its last step, or a limit that binds tokens that have room, breaks them. 1e-6: what 20,000 steps leave, at
+    scores of size 1."""
+    score = torch.softmax(2 * make_scores(1, 12, 4, 3)[0], -1)
+    sharpness, most = 0.05, 2
+    plan = capped_plan(score, 1.5, most, sharpness, iterations=20_000)
+    assert plan.sum(0).tolist() == pytest.approx([4.0] * 4, abs=1e-6)  # floor(12 * 1.5 / 4)
+    assert float(plan.sum(1).max()) < most + 1e-6
+    assert float(plan.max()) < 1 + 1e-6
+    price_QE = score - sharpness * plan.log()
+    roomy_Q, open_QE = plan.sum(1) < most - 1e-4, plan < 1 - 1e-4
+    free_QE = roomy_Q.unsqueeze(1) & open_QE
+    assert free_QE.any(0).all()
+    assert not open_QE.all()
+    for expert in range(4):
+        price = float(price_QE[:, expert][free_QE[:, expert]].mean())
+        assert price_QE[:, expert][free_QE[:, expert]].tolist() == pytest.approx(
+            [price] * int(free_QE[:, expert].sum()), abs=1e-6
+        )
+        assert float(price_QE[:, expert].min()) > price - 1e-6
 
 
 def test_the_limit_is_held():

@@ -207,7 +207,7 @@ class ExpertChoiceRouter(Router):
             chosen_PQE, cutoff_PE = best_in_pools(score_PQE, valid_PQ, config.top_k)
         else:
             chosen_PQE, cutoff_PE = best_over_ranks(score_PQE, valid_PQ, config.top_k, context.forward)
-        cutoff_E = cutoff_PE.double().mean(0)
+        cutoff_E = self._mean_cutoff(cutoff_PE, context)
         if config.training is Policy.threshold and context.forward.step >= config.warmup_steps:
             return self.select(score_TE, context), cutoff_E
         chosen_TE = torch.empty_like(score_TE, dtype=torch.bool)
@@ -216,6 +216,16 @@ class ExpertChoiceRouter(Router):
             pools, size = order_PQ.shape
             return _listed(chosen_TE, pools * (size * config.top_k // self.num_experts)), cutoff_E
         return _listed(chosen_TE), cutoff_E
+
+    def _mean_cutoff(self, cutoff_PE: Tensor, context: LayerContext) -> Tensor:
+        """Over the pools of which something was taken: padding alone has no lowest score, and a 0 would lower the mean.
+
+        Pools of one rank each have their own number of those, so the mean is taken over all ranks.
+        """
+        sum_2E = torch.stack([cutoff_PE, cutoff_PE > 0]).double().sum(1)
+        if self.config.pool is Pool.micro_batch and not context.forward.no_padding:
+            sum_2E = context.forward.sum_over_data(sum_2E)
+        return sum_2E[0] / sum_2E[1].clamp(min=1)
 
     @torch.no_grad()
     def after_step(self, count_E: Tensor, observed_E: Tensor, balance: BalanceConfig) -> None:
