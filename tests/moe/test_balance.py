@@ -205,6 +205,62 @@ def test_device_losses_equal_a_loop(scope):
     assert float(terms(config, score_TE, expert_TK, (2, 10), valid_T)[0]) == pytest.approx(wanted, rel=1e-13)
 
 
+def test_device_losses_of_a_list_of_pairs():
+    """Routers that give tokens different numbers of experts return a list, with unused slots: the same losses as the
+    table it was made from, where slots are taken away. Exact up to the order of sums."""
+    score_TE, expert_TK = random_routing()
+    keep_TK = torch.rand(20, 3, generator=torch.Generator().manual_seed(1)) > 0.4
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(2))
+    table = Choice(expert_TK).only(keep_TK, 8)
+    listed = Choice(table.expert.flatten()[order], torch.arange(20).repeat_interleave(3)[order], is_full=False)
+    config = BalanceConfig(device_coefficient=0.2, communication_coefficient=0.3, num_devices=4)
+    context = LayerContext(layer=0, batch_shape=(2, 10))
+    a, b = (float(balance_terms(config, (Level(score_TE),), c, 8, context).weighted) for c in (table, listed))
+    full = float(balance_terms(config, (Level(score_TE),), Choice(expert_TK), 8, context).weighted)
+    assert a == pytest.approx(b, rel=1e-14)
+    assert a != pytest.approx(full, rel=1e-3)
+
+
+def test_a_device_is_counted_once_for_a_token():
+    """Two slots on device 0 and one on device 1: two thirds and a third of the slots, but a half each of what is sent.
+    With all scores on device 0 of 2 the losses are 2 * 2/3 and 2 * 1/2."""
+    expert_TK = torch.tensor([[0, 1, 2]] * 10)
+    score_TE = torch.zeros(10, 4, dtype=torch.float64)
+    score_TE[:, :2] = 0.5
+    for name, wanted in (("device", 4 / 3), ("communication", 1.0)):
+        config = BalanceConfig(**{f"{name}_coefficient": 1.0}, num_devices=2)
+        assert float(terms(config, score_TE, expert_TK, (1, 10))[0]) / 10 == pytest.approx(wanted, abs=1e-14)
+
+
+def test_devices_are_counted_in_their_scope():
+    """Two sequences, each on a device of its own: 2 in the scope of a sequence, 1 in that of the batch. A rank that is
+    all on device 0 while another one, of the same size, is all on device 1: 2 by itself, 1 with the sum over ranks."""
+    expert_TK, score_TE = torch.tensor([[0], [1], [2], [3]]), one_hot_scores([0, 1, 2, 3], 4)
+
+    def losses(scope, rows, **forward):
+        options = {"device_coefficient": 1.0, "communication_coefficient": 10.0, "num_devices": 2}
+        config = BalanceConfig(**options, device_scope=DeviceScope(scope))
+        shape = (len(rows) // 2, 2)
+        return float(terms(config, score_TE[rows], expert_TK[rows], shape, **forward)[0]) / len(rows) / 11
+
+    assert losses("sequence", [0, 1, 2, 3]) == pytest.approx(2.0, abs=1e-14)
+    assert losses("micro_batch", [0, 1, 2, 3]) == pytest.approx(1.0, abs=1e-14)
+    other = {"sum_over_data": lambda count: count + count.flip(-1)}
+    assert losses("micro_batch", [0, 1], **other) == pytest.approx(2.0, abs=1e-14)
+    assert losses("data_parallel", [0, 1], **other) == pytest.approx(1.0, abs=1e-14)
+
+
+def test_device_losses_press_on_all_experts_of_a_device():
+    """d loss / d score of expert e is devices * share of its device: equal within a device, nothing through counts."""
+    score_TE, expert_TK = random_routing()
+    score_TE.requires_grad_()
+    config = BalanceConfig(device_coefficient=0.5, num_devices=2, device_scope=DeviceScope.micro_batch)
+    terms(config, score_TE, expert_TK, (1, 20))[0].backward()
+    share_D = torch.bincount(expert_TK.flatten() // 4, minlength=2).double() / 60
+    wanted_TE = (0.5 * 2 * share_D).repeat_interleave(4).expand(20, 8)
+    torch.testing.assert_close(score_TE.grad, wanted_TE, rtol=1e-14, atol=0)
+
+
 def test_device_losses_at_balance():
     """1.0 a token each when every device gets equally many slots and tokens, whatever the coefficient of others."""
     expert_TK = torch.tensor([[0, 2], [1, 3], [4, 6], [5, 7]] * 4)
@@ -229,5 +285,8 @@ def test_device_options_belong_together():
         BalanceConfig(device_coefficient=0.1)
     with pytest.raises(ValueError, match=r"balance.num_devices=4 belongs"):
         BalanceConfig(num_devices=4)
-    with pytest.raises(ValueError, match=r"balance.num_devices=3 must divide moe.num_experts=8"):
-        BalanceConfig(device_coefficient=0.1, num_devices=3).check_experts(8)
+    for devices in (1, 3, 16):
+        message = rf"balance.num_devices={devices} must divide moe.num_experts=8.*legal values: \[2, 4, 8\]"
+        with pytest.raises(ValueError, match=message):
+            BalanceConfig(communication_coefficient=0.1, num_devices=devices).check_experts(8)
+    BalanceConfig(device_coefficient=0.1, num_devices=8).check_experts(8)

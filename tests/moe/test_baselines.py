@@ -1,5 +1,7 @@
 """Random, hash, Switch and GShard routing: what they draw, and what their draws depend on."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -41,9 +43,30 @@ def test_random_experts_are_uniform_and_distinct():
     assert (expert_TK[:, 0] != expert_TK[:, 1]).all()
     load = torch.bincount(expert_TK.flatten(), minlength=EXPERTS)
     assert float((load - 1000).abs().max()) < 5 * (TOKENS * 0.25 * 0.75) ** 0.5
-    pairs = torch.bincount(expert_TK[:, 0] * EXPERTS + expert_TK[:, 1], minlength=64)
-    assert (pairs > 0).sum() == 56, "every ordered pair of different experts occurs"
     assert (routed.weight == 0.5).all()
+
+
+@pytest.mark.parametrize("next_to", ["slot", "token", "step", "layer"])
+def test_random_experts_are_independent(next_to):
+    """Experts that follow from those of the token before, of the last step or layer make some pairs of experts meet
+    and others not. Chi-square over all pairs: 55 degrees of freedom for the 56 ordered pairs of a token, 63 for
+    others, deviation sqrt(2 * 63) = 11; 5 of them above the mean is passed once in some 10,000 draws, and the hash is
+    fixed."""
+    router = RandomConfig(top_k=2).build(DIM, EXPERTS, False)
+    expert_TK = route(router, context()).choice.expert
+    first = expert_TK[:, 0]
+    other = {
+        "slot": expert_TK[:, 1],
+        "token": first.roll(1),
+        "step": route(router, context(step=1)).choice.expert[:, 0],
+        "layer": route(router, context(layer=1)).choice.expert[:, 0],
+    }[next_to]
+    count = torch.bincount(first * EXPERTS + other, minlength=64).double().view(8, 8)
+    if next_to == "slot":
+        assert (count.diagonal() == 0).all()
+        count = count[~torch.eye(8, dtype=torch.bool)]
+    wanted = TOKENS / count.numel()
+    assert float(((count - wanted) ** 2 / wanted).sum()) < 63 + 5 * 11
 
 
 def test_random_experts_depend_on_the_token_and_the_place_alone():
@@ -74,6 +97,21 @@ def test_hash_experts_depend_on_the_vocabulary_alone():
     assert torch.equal(a, b)
 
 
+def test_hash_tables_are_uniform_and_independent():
+    """A table of 4000 ids: 500 +- 21 on each of 8 experts; those of other layers and iterations agree in 500 +- 21
+    places. 5 sigma are 105."""
+    token_T = torch.arange(TOKENS)
+    router = HashConfig(top_k=1).build(DIM, EXPERTS, False)
+    tables = [
+        route(router, context(layer=layer, iteration=iteration, token_T=token_T)).choice.expert[:, 0]
+        for layer, iteration in ((0, 0), (1, 0), (0, 1))
+    ]
+    for table in tables:
+        assert float((torch.bincount(table, minlength=EXPERTS) - 500).abs().max()) < 105
+    for a, b in itertools.combinations(tables, 2):
+        assert abs(int((a == b).sum()) - 500) < 105
+
+
 @pytest.mark.parametrize("config", [RandomConfig(), HashConfig()])
 def test_losses_that_cannot_act_are_refused(config):
     """A coefficient on a router that learns nothing would do nothing."""
@@ -99,10 +137,29 @@ def test_jitter_is_bounded_repeatable_and_for_training_only():
     still, noisy = plain(x_TD, context()), router(x_TD, context())
     assert torch.equal(router(x_TD, context(training=False)), still)
     assert torch.equal(router(x_TD, context()), noisy)
-    moved = (noisy - still).abs()
+    moved = (noisy - still).detach().abs()
     assert (moved <= 0.1 * x_TD.abs() @ router.weight.abs().T + 1e-12).all()
     assert float(moved.mean()) > 0.01
     assert not torch.equal(router(x_TD, context(step=1)), noisy)
+
+
+def test_jitter_is_uniform_and_drawn_for_every_number():
+    """One factor for a whole row or column would be no more than a temperature. Rows of the identity as weights show
+    the factors: mean 1 and variance 0.1^2 / 3 within 5 standard errors of 24,000 draws (0.0019 and 0.000096), rows and
+    columns without correlation (5 / sqrt(4000) = 0.08 and, for the means of 6, 0.1 / sqrt(18) within a tenth)."""
+    router = token_choice(top_k=1, input_jitter=0.1)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(EXPERTS, DIM))
+    x_TD = rows()
+    factor_TD = router(x_TD, context())[:, :DIM].detach() / x_TD
+    assert 0.9 <= float(factor_TD.min()) < 0.901
+    assert 1.099 < float(factor_TD.max()) <= 1.1
+    assert abs(float(factor_TD.mean()) - 1) < 0.0019
+    assert abs(float(factor_TD.var()) - 0.01 / 3) < 0.000096
+    assert float((torch.corrcoef(factor_TD.T) - torch.eye(DIM)).abs().max()) < 0.08
+    assert float(factor_TD.mean(-1).std()) == pytest.approx(0.1 / 18**0.5, rel=0.1)
+    part = router(x_TD[1000:1500], context(first=1000, count=500))[:, :DIM].detach() / x_TD[1000:1500]
+    torch.testing.assert_close(part, factor_TD[1000:1500], rtol=1e-14, atol=0)
 
 
 def test_second_expert_is_taken_as_often_as_twice_its_weight():
@@ -115,6 +172,13 @@ def test_second_expert_is_taken_as_often_as_twice_its_weight():
     expected = float((2 * routed.weight[:, 1]).clamp(max=1).sum())
     assert abs(int(taken[:, 1].sum()) - expected) < 158
     assert 0.1 < float(taken[:, 1].double().mean()) < 0.9
+    for low in (0.0, 0.2, 0.4, 0.6, 0.8):  # any rule with the right mean would pass so far
+        mine = (2 * routed.weight[:, 1] >= low) & (2 * routed.weight[:, 1] < low + 0.2)
+        expected, deviation = float(2 * routed.weight[mine, 1].sum()), 0.5 * int(mine.sum()) ** 0.5
+        assert int(mine.sum()) > 300
+        assert abs(int(taken[mine, 1].sum()) - expected) < 5 * deviation
+    plain = route(token_choice(top_k=2, normalize=True), context())
+    assert torch.equal(routed.weight, plain.weight), "a first expert keeps its weight when the second is not taken"
     assert (route(router, context(training=False)).choice.expert < EXPERTS).all()
     with pytest.raises(ValueError, match=r"router.random_second=true needs router.top_k=2, not 3"):
         TokenChoiceConfig(top_k=3, normalize=True, random_second=True)

@@ -3,10 +3,13 @@
 1. a flat router of low rank   2. degenerate cases   3. balance of both levels   4. bad options
 """
 
+import math
+
 import pytest
 import torch
 
-from moe_parallel.moe.balance import BalanceConfig, balance_terms
+from moe_parallel.moe.balance import BalanceConfig, DeviceScope, balance_terms
+from moe_parallel.moe.layer import MoEConfig, MoELayer
 from moe_parallel.moe.routers.bi_level import BiLevelConfig, BiLevelRouter
 from moe_parallel.moe.routing import Choice, LayerContext
 
@@ -36,6 +39,20 @@ def test_one_local_router_is_a_flat_router_of_added_logits():
     torch.testing.assert_close(routed.share_TE, flat_TE, rtol=1e-13, atol=1e-15)
     assert torch.equal(routed.choice.expert[:, 0], flat_TE.argmax(-1))
     torch.testing.assert_close(routed.weight[:, 0], flat_TE.amax(-1), rtol=1e-13, atol=0)
+    for got, wanted in ((routed.weight, flat_TE.amax(-1)), (routed.share_TE**2, flat_TE**2)):
+        a, b = (torch.autograd.grad(value.sum(), router.weight, retain_graph=True)[0] for value in (got, wanted))
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_equal_routers_of_nodes_are_one_router():
+    """With the same rows for every node a router for each is the one for all: rows in the order of nodes, not of
+    places. 1e-13: the products of a wider matrix round otherwise."""
+    one, own = make_router(top_k=4, top_nodes=2), make_router(top_k=4, top_nodes=2, local_router_per_node=True)
+    with torch.no_grad():
+        own.weight.copy_(torch.cat([one.weight[:NODES], *[one.weight[NODES:]] * NODES]))
+    a, b = route(one), route(own)
+    assert torch.equal(a.choice.expert, b.choice.expert)
+    torch.testing.assert_close(a.weight, b.weight, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("nodes", [1, EXPERTS])
@@ -79,6 +96,90 @@ def test_router_weights():
         config = BiLevelConfig(num_nodes=NODES, top_k=1, local_router_per_node=per_node)
         assert config.num_weights(DIM, EXPERTS) == rows * DIM
         assert sum(p.numel() for p in config.build(DIM, EXPERTS, False).parameters()) == rows * DIM
+
+
+def level_losses(router, routed) -> list[float]:
+    """What each level costs a token, from the definition: cells * sum of share of slots * mean score."""
+    expert_TK, logit = routed.choice.expert, X @ router.weight.detach().T
+    node_TG, local = logit[:, :NODES].softmax(-1), logit[:, NODES:].unflatten(-1, (-1, 4)).softmax(-1)
+    slots = [[int((expert_TK == node * 4 + place).sum()) for place in range(4)] for node in range(NODES)]
+    total = TOKENS * expert_TK.shape[1]
+    node = NODES * sum(sum(slots[i]) / total * float(node_TG[:, i].mean()) for i in range(NODES))
+    if not router.config.local_router_per_node:
+        places = [sum(row[place] for row in slots) / total for place in range(4)]
+        return [node, 4 * sum(places[j] * float(local[:, 0, j].mean()) for j in range(4))]
+    inner = 0.0  # each node over the tokens that chose it, by the share of a token that it has
+    for i in range(NODES):
+        mine = (expert_TK // 4 == i).any(-1)
+        for j in range(4):
+            share = slots[i][j] / max(sum(slots[i]), 1)
+            inner += 4 * share * float(local[mine, i, j].sum()) / router.config.top_nodes / TOKENS
+    return [node, inner]
+
+
+@pytest.mark.parametrize("per_node", [False, True])
+@pytest.mark.parametrize(("top_k", "top_nodes"), [(1, 1), (4, 2), (2, 2)])
+def test_losses_of_both_levels_equal_a_loop(per_node, top_k, top_nodes):
+    """Slots counted for the wrong node or place, scores of tokens that went elsewhere, a weight on the wrong level.
+    1e-13: sums of a hundred terms of size 1."""
+    options = {"top_k": top_k, "top_nodes": top_nodes, "node_loss_weight": 0.3, "local_loss_weight": 2.0}
+    router = make_router(local_router_per_node=per_node, **options)
+    routed = route(router)
+    config = BalanceConfig(micro_batch_coefficient=0.5)
+    found = balance_terms(config, routed.levels, routed.choice, EXPERTS, CONTEXT)
+    node, local = level_losses(router, routed)
+    assert float(found.weighted.detach()) / TOKENS == pytest.approx(0.5 * (0.3 * node + 2 * local), rel=1e-13)
+    assert float(found.value) / TOKENS == pytest.approx((node + local) / 2, rel=1e-13)
+    assert abs(node - 1) > 0.01 < abs(local - 1)
+
+
+@pytest.mark.parametrize("per_node", [False, True])
+def test_collapse_costs_the_cells_of_a_level(per_node):
+    """All tokens on the first expert of one node, with all probability there: 4 nodes + 4 experts of a node. Exact."""
+    router = make_router(local_router_per_node=per_node)
+    logit = torch.full((TOKENS, router.weight.shape[0]), -900.0, dtype=torch.float64)
+    logit[:, [2, *range(NODES, logit.shape[1], 4)]] = 0.0
+    routed = router.route(logit, CONTEXT)
+    assert (routed.choice.expert == 8).all()
+    config = BalanceConfig(micro_batch_coefficient=1.0)
+    found = balance_terms(config, routed.levels, routed.choice, EXPERTS, CONTEXT)
+    assert float(found.weighted) / TOKENS == pytest.approx(8.0, abs=1e-14)
+
+
+@pytest.mark.parametrize("per_node", [False, True])
+def test_z_losses_of_equal_routers(per_node):
+    """Logits c of every router: (c + log 4)^2 for the nodes and once more for the places, however many routers there
+    are. A sum over nodes would press four times as hard where each has its own."""
+    layer = MoELayer(
+        DIM,
+        MoEConfig(num_experts=EXPERTS, expert_dim=4),
+        BiLevelConfig(num_nodes=NODES, top_k=1, local_router_per_node=per_node),
+        BalanceConfig(z_coefficient=0.5),
+        0,
+    ).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(0.25)
+    x_TD = torch.full((TOKENS, DIM), 2.0, dtype=torch.float64)
+    _, stats = layer.route(x_TD, layer.router, CONTEXT)
+    wanted = 2 * TOKENS * (0.25 * 2.0 * DIM + math.log(4)) ** 2
+    assert float(stats.z_square) == pytest.approx(wanted, rel=1e-14)
+    assert float(stats.balance.detach()) == pytest.approx(0.5 * wanted, rel=1e-14)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_losses_over_devices_take_the_scores_of_experts(devices):
+    """A router of two levels has scores of nodes and of places; devices are groups of experts, whose scores are their
+    products, also where there are more devices than nodes. 1e-13: sums of some hundred terms."""
+    balance = BalanceConfig(device_coefficient=0.5, num_devices=devices, device_scope=DeviceScope.micro_batch)
+    config = BiLevelConfig(num_nodes=NODES, top_k=4, top_nodes=2)
+    layer = MoELayer(DIM, MoEConfig(num_experts=EXPERTS, expert_dim=4), config, balance, 0).double()
+    layer.router.load_state_dict(make_router(top_k=4, top_nodes=2).state_dict())
+    routing, stats = layer.route(X, layer.router, CONTEXT)
+    share_TE = route(layer.router).share_TE.detach()
+    load_D = routing.count_E.view(devices, -1).sum(-1).double() / (4 * TOKENS)
+    wanted = 0.5 * devices * float((load_D * share_TE.view(TOKENS, devices, -1).sum((0, 2))).sum())
+    assert float(stats.balance.detach()) == pytest.approx(wanted, rel=1e-13)
 
 
 def value(router, expert_T, local_TGM: torch.Tensor | None = None) -> float:

@@ -66,7 +66,8 @@ def by_sort(router, made_of, valid_T=None) -> tuple[torch.Tensor, list[list[floa
     for pool in pools:
         tokens = [t for t in pool if valid_T is None or valid_T[t]]
         for expert in range(EXPERTS):
-            best = sorted(tokens, key=lambda t: -float(score_TE[t, expert]))[: len(tokens) * router.config.top_k // EXPERTS]
+            take = len(tokens) * router.config.top_k // EXPERTS
+            best = sorted(tokens, key=lambda t: -float(score_TE[t, expert]))[:take]
             wanted[best, expert] = True
             lowest[expert] += [float(score_TE[best[-1], expert])] if best else []
     return wanted, lowest
