@@ -22,6 +22,7 @@ from moe_parallel.model.initialize import (
     init_weights,
 )
 from moe_parallel.model.transformer import Transformer
+from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
 from tests.model.examples import ARCHITECTURES, GROUPED, LATENT
 from tests.ranks import run_threads
 
@@ -184,7 +185,7 @@ def check_parallel_models() -> int:
             mesh = ParallelMesh(make_layout(config, 4, architecture.moe.num_experts), "cpu")
             with torch.device("meta"):
                 model = Transformer(architecture)
-            model = parallelize(model, mesh, config, torch.float32).to_empty(device="cpu")
+            model = parallelize(model, mesh, config, AllToAllConfig(), torch.float32).to_empty(device="cpu")
             init_weights(model, InitConfig(), 11)
             for name, tensor in model.state_dict().items():
                 full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
