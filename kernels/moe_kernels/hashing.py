@@ -27,7 +27,8 @@ def hashed_integer(index: Tensor, key: int) -> Tensor:
 
 def hashed_uniform(index: Tensor, key: int) -> Tensor:
     """int64 -> float64 in (0, 1), never at its ends."""
-    return _shift(hashed_integer(index, key), 11).double().add_(0.5).mul_(2.0**-53)
+    # The largest number rounds up to 1.
+    return _shift(hashed_integer(index, key), 11).double().add_(0.5).mul_(2.0**-53).clamp_(max=1 - 2.0**-53)
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

@@ -64,3 +64,10 @@ def test_neighbors_of_one_index_do_not_share_draws():
     drawn = distinct_integers(INDEX[:20_000], hash_key("d"), 1, 16)[:, 0]
     for moved in range(16):
         assert abs(int(((drawn + moved) % 16 == drawn.roll(1)).sum()) - 1250) < 5 * 34
+
+
+def test_never_an_end():
+    """A number of exactly 1 makes an infinite weight. With the key 0 the largest hash is that of the index whose
+    splitmix64 is all ones, which is -1 times its increment: found by inverting the mixing."""
+    assert float(hashed_uniform(torch.tensor([-1]), 0).max()) < 1.0
+    assert float(torch.tensor(2.0**53 - 1, dtype=torch.float64).add(0.5).mul(2.0**-53)) == 1.0  # what it would be

@@ -85,11 +85,14 @@ def some_padding() -> torch.Tensor:
 @pytest.mark.parametrize(("options", "made_of"), POOLS)
 def test_every_expert_takes_the_best_of_each_pool(options, made_of, kind, padded):
     """A pool that is too large or too small, made of the wrong tokens or of padding: compared with a sort of each pool.
-    Exact. The cutoff is the mean of the pools' lowest scores; one that counted pools of padding as 0 would be far too
-    low, and evaluation would take many more experts. 1e-15: a sum of up to 8."""
+    Exact. The cutoff is the mean of the pools' lowest scores, for places that of all tokens as one pool; one that
+    counted pools of padding as 0 would be far too low, and evaluation would take many more experts. 1e-14: a sum of
+    up to 8."""
     router, valid_T = make_router(score=kind, **options), some_padding() if padded else None
     wanted, lowest = by_sort(router, made_of, valid_T)
     assert torch.equal(chosen(router, context(valid_T=valid_T)), wanted)
+    if made_of == "places":
+        _, lowest = by_sort(router, "all", valid_T)
     ctx = context(valid_T=valid_T)
     observed_E = router.route(router(X, ctx), ctx).observed_E
     assert observed_E.tolist() == pytest.approx([sum(values) / len(values) for values in lowest], rel=1e-14)
@@ -265,3 +268,17 @@ def test_pools_that_would_change_with_the_ranks_are_refused(options, shape, word
     """The same options on other ranks must mean the same pools, or say that they cannot."""
     with pytest.raises(ValueError, match=words):
         ExpertChoiceConfig(top_k=2, **options).check_batch(shape, EXPERTS)
+
+
+def test_position_pools_evaluate_with_as_many_experts_as_they_train():
+    """Cutoffs as the mean of many small pools' lowest scores are too high: tokens had 1.4 experts instead of 2 in
+    evaluation with pools of 8. With 4,096 scores the cutoff of all of them is off by a few of them: 2 %."""
+    router = make_router(pool="position", pool_sequences=None)
+    forward = ForwardContext()
+    ctx = LayerContext(layer=0, batch_shape=(8, 128), forward=forward)
+    x_TD = torch.randn(1024, DIM, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    routed = router.route(router(x_TD, ctx), ctx)
+    assert routed.choice.expert.numel() == 2048
+    router.after_step(torch.zeros(EXPERTS), routed.observed_E, BalanceConfig())
+    ctx = LayerContext(layer=0, batch_shape=(8, 128), forward=ForwardContext(training=False))
+    assert router.route(router(x_TD, ctx), ctx).choice.expert.numel() == pytest.approx(2048, rel=0.02)

@@ -45,7 +45,7 @@ class ExpertChoiceConfig(RouterConfig):
     training: Policy = Policy.pool
     """How experts are chosen in training. Evaluation and generation always use the cutoffs."""
     pool: Pool = Pool.position
-    """Which tokens an expert compares; also those that the cutoffs are taken from."""
+    """Which tokens an expert compares; also those that cutoffs are taken from (for position all of a micro-batch)."""
     pool_sequences: int | None = None
     """Sequences of a pool, stated so that results do not change with the number of ranks. null is the whole global
     batch, in one micro-batch; pools of a micro-batch need a number."""
@@ -207,6 +207,11 @@ class ExpertChoiceRouter(Router):
             chosen_PQE, cutoff_PE = best_in_pools(score_PQE, valid_PQ, config.top_k)
         else:
             chosen_PQE, cutoff_PE = best_over_ranks(score_PQE, valid_PQ, config.top_k, context.forward)
+        if config.pool is Pool.position:
+            # The lowest scores of many small pools lie above that of them all: by their mean, evaluation would give
+            # tokens fewer experts than training.
+            whole_T = None if context.valid_T is None else context.valid_T[None]
+            _, cutoff_PE = best_over_ranks(score_TE[None], whole_T, config.top_k, context.forward)
         cutoff_E = self._mean_cutoff(cutoff_PE, context)
         if config.training is Policy.threshold and context.forward.step >= config.warmup_steps:
             return self.select(score_TE, context), cutoff_E
