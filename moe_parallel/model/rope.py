@@ -166,7 +166,7 @@ def rotate_halves(x_BHSd: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def rotate_pairs(x_BHSd: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate neighbours (2i, 2i + 1), the layout of DeepSeek-V2 and V3. Computed in float32 at least."""
+    """Rotate neighbors (2i, 2i + 1), the layout of DeepSeek-V2 and V3. Computed in float32 at least."""
     cos, sin = (part.unsqueeze(1) for part in rotation)
     a, b = x_BHSd.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack(_turn(a, b, cos, sin), dim=-1).flatten(-2).to(x_BHSd.dtype)

@@ -45,7 +45,7 @@ class BalanceConfig:
     global_estimator: GlobalEstimator = GlobalEstimator.look_ahead
     """How the global loss knows the load of micro-batches still to come; exact by itself with one micro-batch."""
     device_coefficient: float = 0.0
-    """Weight per layer of the loss over devices: groups of neighbouring experts (DeepSeekMoE, DeepSeek-V2)."""
+    """Weight per layer of the loss over devices: groups of neighboring experts (DeepSeekMoE, DeepSeek-V2)."""
     communication_coefficient: float = 0.0
     """Weight per layer of the loss over devices that counts a token once for each device it goes to (DeepSeek-V2)."""
     num_devices: int | None = None

@@ -103,7 +103,10 @@ def best_at_most(score_PQE: Tensor, valid_PQ: Tensor | None, average: float, mos
     The soft assignment of `capped_plan` takes the place of the scores in the choice. It keeps the limit up to its
     rounding to whole tokens; what is still over goes, lowest scores first, and leaves places empty.
     """
-    plan_PQE = torch.stack([capped_plan(score_QE, average, most) for score_QE in score_PQE])
+    plan_PQE = torch.zeros_like(score_PQE, dtype=torch.float64)
+    for pool, score_QE in enumerate(score_PQE):  # padding has no part in the sums
+        real = slice(None) if valid_PQ is None else valid_PQ[pool]
+        plan_PQE[pool, real] = capped_plan(score_QE[real], average, most)
     chosen_PQE, _ = best_in_pools(plan_PQE, valid_PQ, average)
     kept_PQE = torch.zeros_like(chosen_PQE)
     kept_PQE.scatter_(2, score_PQE.masked_fill(~chosen_PQE, -1.0).topk(most, dim=-1).indices, True)
@@ -124,6 +127,8 @@ def capped_plan(score_QE: Tensor, average: float, most: int, sharpness: float = 
     """
     num_tokens, num_experts = score_QE.shape
     take = math.floor(num_tokens * average / num_experts)
+    if take == 0:
+        return torch.zeros_like(score_QE, dtype=torch.float64)
     log_plan = score_QE.double() / sharpness
     log_row, log_cell = torch.zeros_like(log_plan[:, :1]), torch.zeros_like(log_plan)
     for _ in range(iterations):

@@ -46,7 +46,7 @@ def test_numbers_are_standard_normal() -> None:
 
 
 @pytest.mark.parametrize("lag", [1, 2, 63, 64, 1024])
-def test_neighbours_are_independent(lag: int) -> None:
+def test_neighbors_are_independent(lag: int) -> None:
     """A weak hash correlates the places of a regular grid: columns or rows of a matrix would repeat. Also of squares,
     which sees shared magnitudes. Standard errors as above (of products of unit variance; of squares variance 4)."""
     z = hashed_normal(torch.arange(COUNT), hash_key(1, "a"))

@@ -102,6 +102,8 @@ ROUTERS_ONE = [
     Case("one rank, random", 1, kind="random", recompute="full"),
     Case("one rank, hash", 1, kind="hash"),
     Case("one rank, switch", 1, moe=CAPACITY, router={"top_k": 1, "input_jitter": 0.1}, recompute="full"),
+    Case("one rank, gshard", 1, router={"normalize": True, "random_second": True}, balance=GLOBAL),
+    Case("one rank, bi-level, a router per node", 1, kind="bi_level", router={"local_router_per_node": True}, balance=ALL_LOSSES),
     Case("one rank, losses over devices", 1, balance=DEVICES, micro_batches=2),
 ]  # fmt: skip
 

@@ -85,7 +85,7 @@ def chunk(size: int, parts: int, part: int) -> int:
 def local_shape(weight: Weight, layout: Layout, rank: int) -> tuple[int, ...]:
     """Shape of the piece that `rank` must hold."""
     first, *rest = weight.whole
-    if not by_expert(weight, layout):  # neighbours share a shard axis
+    if not by_expert(weight, layout):  # neighbors share a shard axis
         return (chunk(first, layout.shard, rank % layout.shard), *rest)
     axis = next(axis for axis in (0, 1) if rest[axis] % layout.expert_shard == 0)
     rest[axis] //= layout.expert_shard

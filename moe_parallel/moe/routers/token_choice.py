@@ -34,7 +34,7 @@ class TokenChoiceConfig(RouterConfig):
     normalize: bool = False
     """Divide the weights of the chosen by their sum (yes: Mixtral, Qwen3, DeepSeek-V3; no: DeepSeekMoE, OLMoE)."""
     num_groups: int = 1
-    """Groups of neighbouring experts, usually one a node; a token chooses groups first. 1 has no groups."""
+    """Groups of neighboring experts, usually one a node; a token chooses groups first. 1 has no groups."""
     top_groups: int = 1
     """Groups a token may take experts from; bounds the number of nodes that a token travels to."""
     group_score: GroupScore = GroupScore.top_sum
