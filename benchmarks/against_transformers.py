@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from report import processor, write_between
 from torch import Tensor
 
 from moe_data.batch import TokenBatch
@@ -43,7 +44,6 @@ from moe_parallel.moe.layer import MoEConfig
 from moe_parallel.moe.routers.token_choice import TokenChoiceConfig
 from moe_parallel.optim import OptimConfig
 
-REPORT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- against transformers: begin -->", "<!-- against transformers: end -->"
 
 
@@ -243,21 +243,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def write(text: str) -> None:
-    """Replace what stands between the marks in the report."""
-    report = REPORT.read_text()
-    before, after = report.split(BEGIN)[0], report.split(END)[1]
-    REPORT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
-def processor() -> str:
-    """Name of the processor, as the system gives it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -285,7 +270,7 @@ def main() -> None:
     text = f"{facts}\n\n{table(rows)}\n\nShapes (fp32; `rows` sequences a rank and step):\n\n{shapes}"
     print(text)
     if not arguments.quick:
-        write(text)
+        write_between(BEGIN, END, text)
 
 
 if __name__ == "__main__":

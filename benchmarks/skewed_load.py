@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from report import processor, write_between
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,7 +49,6 @@ from moe_parallel.moe.experts import RoutedExperts
 from moe_parallel.moe.routing import LayerContext, Routing
 
 ROOT = Path(__file__).parent.parent
-REPORT = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- skewed_load -->", "<!-- /skewed_load -->"
 SIDES = ("all_to_all", "least_loaded")
 
@@ -296,23 +296,6 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(text: str) -> None:
-    """Replace what stands between the marks in the report."""
-    report = REPORT.read_text()
-    if BEGIN not in report or END not in report:
-        raise SystemExit(f"{REPORT} has no {BEGIN} ... {END} to write between")
-    before, after = report.split(BEGIN)[0], report.split(END)[1]
-    REPORT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
-def processor() -> str:
-    """Name of the processor, as the system gives it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -346,7 +329,7 @@ def main() -> None:
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps({"facts": facts, "results": results}, indent=1))
     if arguments.write:
-        write(text)
+        write_between(BEGIN, END, text)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from against_transformers import Shape, batch_of, processor
+from against_transformers import Shape, batch_of
 from hydra import compose, initialize_config_dir
+from report import processor, write_between
 from torch import Tensor
 from two_nodes_report import report
 
@@ -42,7 +43,7 @@ from moe_parallel.moe.dispatch.two_hop import TwoHopDispatcher
 from moe_parallel.moe.routing import Choice, LayerContext, Routing
 
 ROOT = Path(__file__).parent.parent
-DOCUMENT, BEGIN, END = ROOT / "docs" / "benchmarks.md", "<!-- two_nodes -->", "<!-- /two_nodes -->"
+BEGIN, END = "<!-- two_nodes -->", "<!-- /two_nodes -->"
 CABLE, PORT = "cable", "29500"
 RANKS, PER_NODE = 4, 2
 EXPERTS, TOKENS, FEW, WIDTH = 16, 1024, 16, 256
@@ -314,15 +315,6 @@ def worker(result: Path, rounds: int, steps: int) -> None:
 # -- the command ---------------------------------------------------------------------------------------------------
 
 
-def write(text: str) -> None:
-    """Replace what stands between the marks, or put both at the end."""
-    document = DOCUMENT.read_text()
-    if BEGIN not in document:
-        document = f"{document.rstrip()}\n\n{BEGIN}\n{END}\n"
-    before, after = document.split(BEGIN)[0], document.split(END)[1]
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -351,7 +343,7 @@ def main() -> None:
     text = report(found)
     print(text)
     if arguments.write:
-        write(text)
+        write_between(BEGIN, END, text)
 
 
 if __name__ == "__main__":
