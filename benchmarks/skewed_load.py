@@ -149,9 +149,9 @@ class Layer:
         routing = Routing(token_N=order_N, weight_N=weight_TK.view(-1)[order_N], count_E=count_E, slot_TK=slot_TK)
         context = LayerContext(layer=0, batch_shape=(1, self.shape.tokens))
         dispatcher: Any = self.dispatchers[side]
-        rows_RD, count_L, ticket = dispatcher.dispatch(x_TD, routing, context)
+        rows_RD, ticket = dispatcher.dispatch(x_TD, routing, context)
         num_rows = rows_RD.shape[0]
-        rows_RD = self.experts(rows_RD, count_L, ticket.host_counts, ticket.transfer)
+        rows_RD = self.experts(rows_RD, ticket)
         out_TD = dispatcher.combine(rows_RD, routing, ticket)
         out_TD.backward(self.grad_TD)
         made = [out_TD.detach(), x_TD.grad, weight_TK.grad, self.experts.gate_up.grad, self.experts.down.grad]

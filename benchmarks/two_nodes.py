@@ -224,7 +224,7 @@ def exchange_arms(mesh: ParallelMesh) -> dict[str, Callable[[int], None]]:
 
         def once(index: int) -> None:
             chosen = Routing.of(choice, weight_TK, EXPERTS)
-            rows_RD, _, ticket = dispatcher.dispatch(x_TD, chosen, context)
+            rows_RD, ticket = dispatcher.dispatch(x_TD, chosen, context)
             dispatcher.combine(rows_RD, chosen, ticket).backward(upstream_TD)
 
         return once

@@ -17,7 +17,8 @@ from moe_data.batch import IGNORE, TokenBatch
 from moe_parallel.model.architecture import Architecture, ModelConfig
 from moe_parallel.model.attention import GroupedQueryConfig
 from moe_parallel.model.transformer import Transformer
-from moe_parallel.moe.dispatch.local import LocalDispatcher, LocalTicket
+from moe_parallel.moe.dispatch.local import LocalDispatcher
+from moe_parallel.moe.experts import Ticket
 from moe_parallel.moe.layer import MoELayer
 from moe_parallel.moe.routers.router import BatchShape, LooksAt
 from moe_parallel.moe.routing import ForwardContext, LayerContext, Routing
@@ -214,11 +215,12 @@ class _Watched(LocalDispatcher):
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, Tensor, LocalTicket]:
+    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, Ticket]:
         num_experts = routing.count_E.numel()
         expert_N = torch.arange(num_experts).repeat_interleave(routing.count_E)
         zero_TE = torch.zeros(x_TD.shape[0], num_experts, dtype=torch.float64)
-        for value_N in (routing.weight_N.double(), torch.ones_like(routing.weight_N, dtype=torch.float64)):
+        weight_N = routing.weights().double()
+        for value_N in (weight_N, torch.ones_like(weight_N)):
             self.seen.append(zero_TE.index_put((routing.token_N, expert_N), value_N, accumulate=True))
         return super().dispatch(x_TD, routing, context)
 

@@ -35,8 +35,8 @@ from moe_parallel.model.initialize import InitConfig
 from moe_parallel.model.latent_attention import LatentConfig
 from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
+from moe_parallel.moe.dispatch.config import DispatchConfig
 from moe_parallel.moe.dispatch.least_loaded import LeastLoadedConfig
-from moe_parallel.moe.dispatch.ticket import DispatchConfig
 from moe_parallel.moe.dispatch.two_hop import TwoHopConfig, node_size
 from moe_parallel.moe.layer import MoEConfig
 from moe_parallel.moe.routers.bi_level import BiLevelConfig

@@ -4,8 +4,12 @@ Both directions are written as gathers wherever every token has the same number 
 per element, so sums keep one order and two runs agree to the last bit, which `index_add` on a GPU does not give.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from moe_kernels.combine import combine
 
 
 def sort_slots(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -33,16 +37,6 @@ def invert_permutation(order_N: Tensor) -> Tensor:
     return inverse_N
 
 
-def _sum_slots(rows_ND: Tensor, token_N: Tensor, slot_TK: Tensor | None, num_tokens: int) -> Tensor:
-    """Sum the rows of each token. (N, D) -> (T, D), in the dtype of the rows."""
-    if slot_TK is None:
-        return rows_ND.new_zeros(num_tokens, rows_ND.shape[1]).index_add_(0, token_N, rows_ND)
-    out_TD = rows_ND.index_select(0, slot_TK[:, 0])
-    for k in range(1, slot_TK.shape[1]):
-        out_TD += rows_ND.index_select(0, slot_TK[:, k])
-    return out_TD
-
-
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, token_N: Tensor, slot_TK: Tensor | None) -> Tensor:
@@ -53,7 +47,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_ND: Tensor):
         token_N, slot_TK = ctx.saved_tensors
-        return _sum_slots(grad_ND, token_N, slot_TK, ctx.num_tokens), None, None
+        return combine(grad_ND, None, token_N, slot_TK, ctx.num_tokens), None, None
 
 
 def gather_rows(x_TD: Tensor, token_N: Tensor, slot_TK: Tensor | None = None) -> Tensor:
@@ -69,19 +63,9 @@ def gather_rows(x_TD: Tensor, token_N: Tensor, slot_TK: Tensor | None = None) ->
 
 class _CombineRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_ND, weight_N, token_N, slot_TK, num_tokens):
+    def forward(ctx, rows_ND, weight_N, token_N, slot_TK, num_tokens, *added):
         ctx.save_for_backward(rows_ND, weight_N, token_N)
-        accumulate = torch.promote_types(rows_ND.dtype, weight_N.dtype)
-        if slot_TK is None:
-            weighted_ND = rows_ND * weight_N[:, None]
-            out_TD = torch.zeros(num_tokens, rows_ND.shape[1], dtype=accumulate, device=rows_ND.device)
-            out_TD.index_add_(0, token_N, weighted_ND)
-        else:
-            weight_TK = weight_N[slot_TK]
-            out_TD = rows_ND.index_select(0, slot_TK[:, 0]) * weight_TK[:, :1]
-            for k in range(1, slot_TK.shape[1]):
-                out_TD.addcmul_(rows_ND.index_select(0, slot_TK[:, k]).to(accumulate), weight_TK[:, k : k + 1])
-        return out_TD.to(rows_ND.dtype)
+        return combine(rows_ND, weight_N, token_N, slot_TK, num_tokens, added)
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor):
@@ -89,18 +73,27 @@ class _CombineRows(torch.autograd.Function):
         grad_ND = grad_TD.index_select(0, token_N)
         grad_weight_N = (grad_ND.to(weight_N.dtype) * rows_ND).sum(-1) if ctx.needs_input_grad[1] else None
         grad_rows_ND = (grad_ND * weight_N[:, None]).to(rows_ND.dtype)
-        return grad_rows_ND, grad_weight_N, None, None, None
+        grad_added = [grad_TD if needed else None for needed in ctx.needs_input_grad[5:]]
+        return grad_rows_ND, grad_weight_N, None, None, None, *grad_added
 
 
-def combine_rows(rows_ND: Tensor, weight_N: Tensor, token_N: Tensor, slot_TK: Tensor | None, num_tokens: int) -> Tensor:
+def combine_rows(
+    rows_ND: Tensor,
+    weight_N: Tensor,
+    token_N: Tensor,
+    slot_TK: Tensor | None,
+    num_tokens: int,
+    added: Sequence[Tensor] = (),
+) -> Tensor:
     """Weighted sum of each token's slots: (N, D) -> (T, D). Sums in the wider dtype of rows and weights.
 
     Args:
         rows_ND: expert outputs in slot order.
         weight_N: combine weight of each slot, float32 (or float64).
         token_N, slot_TK: as in `gather_rows`. A token without slots gets zeros.
+        added: tensors (T, D) that are added to the sum before it is rounded.
     """
-    return _CombineRows.apply(rows_ND, weight_N, token_N, slot_TK, num_tokens)
+    return _CombineRows.apply(rows_ND, weight_N, token_N, slot_TK, num_tokens, *added)
 
 
 def chunk_order(count_PL: Tensor, total: int) -> Tensor:

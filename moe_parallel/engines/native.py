@@ -21,12 +21,11 @@ from moe_parallel.collectives import gather_over, sum_over
 from moe_parallel.mesh import ParallelConfig, ParallelMesh, Recompute
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.initialize import InitConfig, init_weights
-from moe_parallel.model.loss import token_loss_sum
-from moe_parallel.model.transformer import Transformer
+from moe_parallel.model.transformer import Output, Transformer
 from moe_parallel.moe.balance import GlobalEstimator
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig, AllToAllDispatcher
+from moe_parallel.moe.dispatch.config import DispatchConfig
 from moe_parallel.moe.dispatch.least_loaded import LeastLoadedConfig, LeastLoadedDispatcher
-from moe_parallel.moe.dispatch.ticket import DispatchConfig
 from moe_parallel.moe.dispatch.two_hop import TwoHopConfig, TwoHopDispatcher, node_size
 from moe_parallel.moe.experts import local_tensor
 from moe_parallel.moe.layer import Dispatcher, MoELayer
@@ -224,8 +223,7 @@ class NativeEngine:
                 prior_is_total=total_LIE is not None,
                 no_padding=num_valid == num_tokens,
             )
-            logits_BSV, stats = self.model(batch, context)
-            cross_entropy = token_loss_sum(logits_BSV, batch.target_BS)
+            cross_entropy, stats = self.model(batch, context, Output.loss)
             loss = cross_entropy / num_targets
             for layer in stats:
                 loss = loss + layer.balance / num_valid
@@ -260,7 +258,7 @@ class NativeEngine:
         context = self._context(step, training=True)
         with torch.no_grad():
             for batch in batches:
-                for layer in self.model(batch, context)[1]:
+                for layer in self.model(batch, context, Output.hidden)[1]:
                     total_LIE[layer.layer, layer.iteration] += layer.step_count_E
         return total_LIE
 
@@ -309,9 +307,9 @@ class NativeEngine:
         """Sums of one batch without gradient; every rank must call it equally often."""
         was_training = self.model.training
         self.model.eval()
-        logits_BSV, stats = self.model(batch, self.evaluation_context())
+        cross_entropy, stats = self.model(batch, self.evaluation_context(), Output.loss)
         sums = self.zero_sums()
-        sums.add(token_loss_sum(logits_BSV, batch.target_BS), stats)
+        sums.add(cross_entropy, stats)
         self.model.train(was_training)
         return sums
 
@@ -346,7 +344,7 @@ class NativeEngine:
 
         handles = [m.register_forward_hook(watch(n)) for n, m in self.model.named_modules() if n]
         try:
-            self.model(batch, self.evaluation_context())
+            self.model(batch, self.evaluation_context(), Output.loss)
         finally:
             for handle in handles:
                 handle.remove()

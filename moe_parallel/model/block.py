@@ -67,8 +67,9 @@ class Block(nn.Module):
             return x_BSD + self.ffn(hidden_BSD), []
         stream_BSD = hidden_BSD if self.ffn.config.chain.block is ChainBlock.reference else x_BSD
         stream_TD, hidden_TD = stream_BSD.flatten(0, 1), hidden_BSD.flatten(0, 1)
-        out_TD, stats = self.ffn(hidden_TD, context.for_layer(self.layer, batch), self._renormalize(stream_TD))
-        return stream_BSD + out_TD.view_as(x_BSD), stats
+        layer_context, renormalize = context.for_layer(self.layer, batch), self._renormalize(stream_TD)
+        out_TD, stats = self.ffn(hidden_TD, layer_context, renormalize, stream_TD)
+        return out_TD.view_as(x_BSD), stats
 
     def _renormalize(self, stream_TD: Tensor) -> Callable[[int, Tensor], Tensor] | None:
         """What a later iteration of a chain of experts sees, from the sum of the outputs before it."""

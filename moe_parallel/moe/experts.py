@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moe_kernels.expert_mlp import expert_mlp
+from moe_kernels.choice import ExpertKernel
+from moe_kernels.moe_mlp import moe_mlp
+from moe_parallel.moe.routing import Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ticket:
+    """Ties one `combine` to one `dispatch`, and tells the experts what they need to know."""
+
+    arrived: Routing
+    """Of the rows here among the experts that are computed here. Its weights are None where they stay at the source."""
+    host_counts: Sequence[int] | None
+    """Slots of each of these experts, when the host knows them."""
+    transfer: Callable[[Tensor], Tensor] | None = None
+    """Stacked weights of this rank's own experts (L, ...) to those of all experts that it computes (L', ...), with
+    gradient; None if they are the same."""
+    sums_here: bool = False
+    """The experts work on the tokens themselves: their result is that of the layer, and nothing is left to combine."""
 
 
 def local_tensor(parameter: Tensor) -> Tensor:
@@ -18,33 +36,41 @@ def local_tensor(parameter: Tensor) -> Tensor:
 
 
 class RoutedExperts(nn.Module):
-    """A bank of SwiGLU experts in stacked tensors, over rows that are sorted by expert."""
+    """A bank of SwiGLU experts in stacked tensors."""
 
-    def __init__(self, num_experts: int, dim: int, expert_dim: int) -> None:
+    def __init__(self, num_experts: int, dim: int, expert_dim: int, kernel: ExpertKernel = ExpertKernel.auto) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * expert_dim, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
+        self.kernel = kernel
         self.recompute = False
         """Compute the hidden activations again in the backward pass. Set by the engine."""
 
-    def forward(
-        self,
-        rows_RD: Tensor,
-        count_L: Tensor,
-        host_counts: Sequence[int] | None = None,
-        transfer: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """(R, D) -> (R, D).
+    def forward(self, rows_RD: Tensor, ticket: Ticket, added: Sequence[Tensor] = ()) -> Tensor:
+        """For each row the weighted sum of what its experts return, (R, D) -> (R, D).
 
         Args:
-            count_L: int64, rows of each expert computed here; `host_counts`: the same on the host.
-            transfer: see `Ticket.transfer`.
+            ticket: of the dispatch that brought the rows.
+            added: tensors (R, D) that are added to the result in the same pass.
         """
+        routing = ticket.arrived
         gate_up, down = local_tensor(self.gate_up), local_tensor(self.down)
-        if transfer is not None:
-            gate_up, down = transfer(gate_up), transfer(down)
-        return expert_mlp(rows_RD, gate_up, down, count_L, host_counts, recompute=self.recompute)
+        if ticket.transfer is not None:
+            gate_up, down = ticket.transfer(gate_up), ticket.transfer(down)
+        return moe_mlp(
+            rows_RD,
+            gate_up,
+            down,
+            routing.token_N,
+            routing.count_E,
+            routing.weight_N,
+            routing.slot_TK,
+            host_counts=ticket.host_counts,
+            how=self.kernel,
+            recompute=self.recompute,
+            added=added,
+        )
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, gate_up={tuple(self.gate_up.shape)}, down={tuple(self.down.shape)}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from moe_kernels.choice import ExpertKernel
 from moe_parallel.moe.balance import BalanceConfig, balance_terms, selection_counts, z_loss_sum
 from moe_parallel.moe.capacity import DropOrder, expert_capacity, keep_within_capacity
 from moe_parallel.moe.chain import ChainConfig, Residual
@@ -35,6 +36,8 @@ class MoEConfig:
     """Which slots go first where an expert is over its capacity."""
     renormalize_after_drop: bool = False
     """Scale the weights of a token's kept slots up to the sum they had before the drop."""
+    expert_kernel: ExpertKernel = ExpertKernel.auto
+    """What computes the experts: auto takes the table of measured shapes; triton, grouped_mm or loop insist."""
     chain: ChainConfig = dataclasses.field(default_factory=ChainConfig)
 
     def __post_init__(self) -> None:
@@ -54,9 +57,9 @@ class MoEConfig:
 class Dispatcher(Protocol):
     """Moves rows to experts and back. Holds no parameters; the ticket ties one `combine` to one `dispatch`."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, Tensor, Any]: ...
+    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, Any]: ...
 
-    def combine(self, rows_RD: Tensor, routing: Routing, ticket: Any) -> Tensor: ...
+    def combine(self, rows_RD: Tensor, routing: Routing, ticket: Any, added: Sequence[Tensor] = ()) -> Tensor: ...
 
 
 class MoELayer(nn.Module):
@@ -77,7 +80,7 @@ class MoELayer(nn.Module):
         self.enter, self.leave = nn.Identity(), nn.Identity()
         """First and last thing to run: with the experts between them they are one FSDP group, whose weights are
         gathered once and whose gradients are reduced once, however often the experts run."""
-        self.experts = RoutedExperts(moe.num_experts, dim, moe.expert_dim)
+        self.experts = RoutedExperts(moe.num_experts, dim, moe.expert_dim, moe.expert_kernel)
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.shared: SwiGLU | None = None
         self.shared_gate: nn.Linear | None = None
@@ -104,15 +107,23 @@ class MoELayer(nn.Module):
         return seen
 
     def forward(
-        self, x_TD: Tensor, context: LayerContext, renormalize: Callable[[int, Tensor], Tensor] | None = None
+        self,
+        x_TD: Tensor,
+        context: LayerContext,
+        renormalize: Callable[[int, Tensor], Tensor] | None = None,
+        stream_TD: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerStats]]:
         """What the layer adds to its stream, (T, D) -> (T, D), and the statistics of each iteration.
 
         Args:
+            stream_TD: the residual stream; given, it is added to the result in the pass that sums up the experts.
             renormalize: (iteration, sum of outputs so far) -> what that iteration sees; None adds the two.
         """
         residual = self.config.chain.residual
         x_TD = self.enter(x_TD)
+        if self.config.chain.iterations == 1:
+            out_TD, stats = self._pass(x_TD, self.router, context, stream_TD)
+            return self.leave(out_TD), [stats]
         out_TD, stats = self._pass(x_TD, self.router, context)
         all_stats = [stats]
         for iteration, router in enumerate(self.routers[1:], start=1):
@@ -125,17 +136,19 @@ class MoELayer(nn.Module):
                 step_TD = (step_TD * self.later_scale[iteration - 1]).to(step_TD.dtype)
             out_TD = out_TD + step_TD if residual is Residual.inner else step_TD
             all_stats.append(stats)
-        return self.leave(out_TD), all_stats
+        return self.leave(out_TD if stream_TD is None else stream_TD + out_TD), all_stats
 
-    def _pass(self, x_TD: Tensor, router: Router, context: LayerContext) -> tuple[Tensor, LayerStats]:
-        """Route, exchange, compute, bring back: (T, D) -> (T, D)."""
+    def _pass(
+        self, x_TD: Tensor, router: Router, context: LayerContext, stream_TD: Tensor | None = None
+    ) -> tuple[Tensor, LayerStats]:
+        """Route, exchange, compute, bring back: (T, D) -> (T, D), `stream_TD` added."""
         routing, stats = self.route(x_TD, router, context)
-        rows_RD, count_L, ticket = self.dispatcher.dispatch(x_TD, routing, context)
-        rows_RD = self.experts(rows_RD, count_L, ticket.host_counts, ticket.transfer)
-        out_TD = self.dispatcher.combine(rows_RD, routing, ticket)
+        rows_RD, ticket = self.dispatcher.dispatch(x_TD, routing, context)
+        added = [] if stream_TD is None else [stream_TD]
         if self.shared is not None and (context.iteration == 0 or self.config.chain.shared_every_iteration):
-            out_TD = out_TD + self._shared_output(x_TD)
-        return out_TD, stats
+            added.insert(0, self._shared_output(x_TD))
+        rows_RD = self.experts(rows_RD, ticket, added if ticket.sums_here else ())
+        return self.dispatcher.combine(rows_RD, routing, ticket, () if ticket.sums_here else added), stats
 
     def route(self, x_TD: Tensor, router: Router, context: LayerContext) -> tuple[Routing, LayerStats]:
         """Score, select, weigh, drop, count."""

@@ -57,8 +57,9 @@ class Routing:
 
     token_N: Tensor
     """int64: row of x_TD that fills the slot. A token may appear k times, once, or never."""
-    weight_N: Tensor
-    """float32: combine weight; carries the gradient to the router."""
+    weight_N: Tensor | None
+    """float32: combine weight; carries the gradient to the router. None for ones: rows whose weights stayed at the
+    source."""
     count_E: Tensor
     """int64: slots per expert; sums to N."""
     slot_TK: Tensor | None = None
@@ -86,6 +87,16 @@ class Routing:
             slot_TK=slot_TK,
             uniform_count=choice.uniform_count,
         )
+
+    @staticmethod
+    def of_rows(order_R: Tensor, count_L: Tensor) -> Routing:
+        """One slot a row: place r of the experts' order is filled by row `order_R[r]`."""
+        return Routing(order_R, None, count_L, slot_TK=invert_permutation(order_R).unsqueeze(1))
+
+    def weights(self) -> Tensor:
+        """Combine weights, of a routing that has them."""
+        assert self.weight_N is not None, "the weights of these rows stayed at their source"
+        return self.weight_N
 
 
 class Replay:

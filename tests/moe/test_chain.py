@@ -125,8 +125,8 @@ def test_one_iteration_is_the_plain_layer(where):
     block = make_block(ChainConfig(block=where), BalanceConfig(micro_batch_coefficient=0.3))
     layer, normed, context = block.ffn, block.ffn_norm(stream()[0]), LayerContext(layer=0, batch_shape=(1, TOKENS))
     routing, wanted_stats = layer.route(normed, layer.router, context)
-    rows, count, ticket = layer.dispatcher.dispatch(normed, routing, context)
-    rows = layer.experts(rows, count, ticket.host_counts, ticket.transfer)
+    rows, ticket = layer.dispatcher.dispatch(normed, routing, context)
+    rows = layer.experts(rows, ticket)
     added = layer.dispatcher.combine(rows, routing, ticket) + layer.shared(normed)
     base = normed if where is ChainBlock.reference else stream()[0]
     out, (stats,) = block(stream(), batch(), ForwardContext())

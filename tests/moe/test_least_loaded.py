@@ -161,10 +161,10 @@ def compute(dispatcher, load: Load, ranks: list[int], world: int, dtype=torch.fl
     def layer(x_TD: Tensor, weight_TK: Tensor, context: LayerContext) -> Tensor:
         uniform = load.name == "uniform" and isinstance(me, int)
         routing = make_routing(expert_TK, weight_TK, load.table, uniform)
-        rows_RD, count_L, ticket = dispatcher.dispatch(x_TD, routing, context)
+        rows_RD, ticket = dispatcher.dispatch(x_TD, routing, context)
         seen.append(ticket.host_counts)
-        assert count_L.sum() == len(rows_RD)
-        rows_RD = experts(rows_RD, count_L, ticket.host_counts, ticket.transfer)
+        assert isinstance(dispatcher, LocalDispatcher) or ticket.arrived.count_E.sum() == len(rows_RD)
+        rows_RD = experts(rows_RD, ticket)
         return dispatcher.combine(rows_RD, routing, ticket)
 
     if recompute:
@@ -341,7 +341,7 @@ def check_collectives() -> list[int]:
         dispatcher = LeastLoadedDispatcher(dist.group.WORLD, LeastLoadedConfig(**load.options))
         expert_TK = experts_of(load, rank, world)
         routing = make_routing(expert_TK, torch.ones(expert_TK.shape), True, load.name == "uniform")
-        ticket = dispatcher.dispatch(numbers(TOKENS, DIM, seed=rank), routing, context())[2]
+        ticket = dispatcher.dispatch(numbers(TOKENS, DIM, seed=rank), routing, context())[1]
         calls.append(0 if ticket.transfer is None else 1)
         assert ticket.transfer is None or isinstance(ticket.transfer, partial)
     return calls

@@ -122,9 +122,12 @@ def through(dispatcher, case: Case, ep: int, context: LayerContext = HERE) -> li
     x_TD, weight, choice = inputs(case, rank)
     weight_LD = expert_weights(rank % ep, EXPERTS // ep, case.dtype)
     routing = Routing.of(choice, weight, EXPERTS)
-    rows_RD, count_L, ticket = dispatcher.dispatch(x_TD, routing, context)
-    assert list(ticket.host_counts) == count_L.tolist()
-    rows_RD = torch.tanh(rows_RD * weight_LD.repeat_interleave(count_L, dim=0))
+    rows_RD, ticket = dispatcher.dispatch(x_TD, routing, context)
+    arrived = ticket.arrived
+    assert list(ticket.host_counts) == arrived.count_E.tolist()
+    # Rows lie as they arrived: each takes the weight of the place that it fills.
+    of_place_RD = weight_LD.repeat_interleave(arrived.count_E, dim=0)
+    rows_RD = torch.tanh(rows_RD * of_place_RD[arrived.slot_TK[:, 0]])
     out_TD = dispatcher.combine(rows_RD, routing, ticket)
     (out_TD * torch.sin(torch.arange(out_TD.numel(), dtype=out_TD.dtype)).view_as(out_TD)).sum().backward()
     gradients = [leaf.grad for leaf in (x_TD, weight, weight_LD)]
@@ -253,12 +256,12 @@ def without_memory() -> list[tuple[int, ...]]:
         x_TD, weight_TK = torch.randn(128, 16, requires_grad=True), torch.rand(128, 2, requires_grad=True)
         expert_TK = torch.arange(256).view(128, 2) % 64
         routing = Routing.of(Choice(expert_TK, uniform_count=4), weight_TK, 64)
-        rows_RD, count_L, ticket = dispatcher.dispatch(x_TD, routing, HERE)
+        rows_RD, ticket = dispatcher.dispatch(x_TD, routing, HERE)
         out_TD = dispatcher.combine(rows_RD * 2, routing, ticket)
         out_TD.sum().backward()
         assert x_TD.grad is not None
         assert weight_TK.grad is not None
-        return [tuple(t.shape) for t in (rows_RD, count_L, out_TD, x_TD.grad, weight_TK.grad)]
+        return [tuple(t.shape) for t in (rows_RD, ticket.arrived.count_E, out_TD, x_TD.grad, weight_TK.grad)]
 
 
 # -- tests ---------------------------------------------------------------------------------------------------------

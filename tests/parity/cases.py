@@ -17,16 +17,15 @@ from moe_parallel.model.architecture import Architecture, ModelConfig
 from moe_parallel.model.attention import GroupedQueryConfig
 from moe_parallel.model.initialize import InitConfig, init_weights
 from moe_parallel.model.latent_attention import LatentConfig
-from moe_parallel.model.loss import token_loss_sum
 from moe_parallel.model.transformer import Transformer
 from moe_parallel.moe.balance import BalanceConfig, GlobalEstimator
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
-from moe_parallel.moe.dispatch.ticket import DispatchConfig
+from moe_parallel.moe.dispatch.config import DispatchConfig
 from moe_parallel.moe.layer import MoEConfig, MoELayer
 from moe_parallel.moe.routing import ForwardContext
 from moe_parallel.optim import OptimConfig
 from moe_parallel.options import ROUTERS
-from tests.batches import join_batches, make_batch
+from tests.batches import join_batches, make_batch, plain_loss_sum
 
 SEQUENCE_TOKENS, VOCABULARY, SEED = 12, 37, 5
 STEPS = 2  # the second step uses what the first one left: bias, look-ahead counts, optimizer state
@@ -229,7 +228,7 @@ def _reference_step(case: Case, model: Transformer, step: int, previous_LIE: Ten
         prior_LIE = total_LIE if exact else seen_LIE + left * previous_LIE
         context = ForwardContext(step=step, prior_count_LIE=prior_LIE, prior_is_total=exact)
         logits, stats = model(batch, context)
-        cross_entropy, extra = token_loss_sum(logits, batch.target_BS), sum(s.balance for s in stats)
+        cross_entropy, extra = plain_loss_sum(logits, batch), sum(s.balance for s in stats)
         (cross_entropy / num_targets + extra / num_valid).backward()
         loss, balance = loss + cross_entropy.detach(), balance + extra.detach()
         dropped = dropped + sum(s.dropped for s in stats)

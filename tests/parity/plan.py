@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe_data.batch import TokenBatch
-from moe_kernels import expert_mlp
+from moe_kernels import moe_mlp
+from moe_kernels.choice import ExpertKernel
 from moe_parallel import options
 from moe_parallel.engines.native import NativeEngine
 from moe_parallel.mesh import Layout, ParallelMesh
@@ -166,7 +167,7 @@ def balanced_rows(config: options.Config, ranks: int) -> int:
 def _step(engine: PlannedEngine, config: options.Config, rows: int, count: int) -> list[Weight]:
     length, ranks = config.train.sequence_tokens, engine.mesh.layout.ranks
     tokens = count * rows * length * ranks
-    on_gpu = mock.patch.object(expert_mlp, "choose_grouped_matmul", _choose_for_gpu)
+    on_gpu = mock.patch.object(moe_mlp, "choose", _choose_for_gpu)
     seen = engine.without_memory
     with seen.measuring(), on_gpu:
         sums, _ = engine.forward_backward([_batch(rows, length) for _ in range(count)], 0, tokens, tokens)
@@ -181,9 +182,9 @@ def _step(engine: PlannedEngine, config: options.Config, rows: int, count: int) 
     return [_weight(engine, name, gradients.get(name)) for name, _ in engine.model.named_parameters()]
 
 
-def _choose_for_gpu(*operands: Tensor) -> expert_mlp.GroupedMatmul:
+def _choose_for_gpu(how: ExpertKernel, *operands: Tensor) -> ExpertKernel:
     """What a GPU takes for bf16; alignment is checked by the fake kernel itself."""
-    return expert_mlp.GroupedMatmul.grouped_mm  # not a mock, which would keep its arguments alive
+    return ExpertKernel.grouped_mm  # not a mock, which would keep its arguments alive
 
 
 def _batch(rows: int, length: int) -> TokenBatch:

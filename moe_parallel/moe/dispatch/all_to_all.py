@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_kernels.permute import chunk_order, combine_rows, gather_rows, invert_permutation
+from moe_kernels.permute import chunk_order, combine_rows, gather_rows
 from moe_parallel.collectives import all_to_all_rows, exchange_counts
-from moe_parallel.moe.dispatch.ticket import DispatchConfig, Ticket
+from moe_parallel.moe.dispatch.config import DispatchConfig
+from moe_parallel.moe.experts import Ticket
 from moe_parallel.moe.routing import LayerContext, Routing
 
 
@@ -30,8 +31,6 @@ class ExchangeTicket(Ticket):
     """Rows to each rank."""
     received: Sequence[int]
     """Rows from each rank."""
-    order_R: Tensor
-    """Permutation from arrival order to expert order."""
 
 
 class AllToAllDispatcher:
@@ -45,10 +44,10 @@ class AllToAllDispatcher:
         self.group = group
         self.num_ranks = dist.get_world_size(group)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, Tensor, ExchangeTicket]:
-        """(T, D) -> rows (R, D) sorted by local expert, their counts (L), and the ticket for `combine`.
+    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, ExchangeTicket]:
+        """(T, D) -> rows (R, D) as they arrive, by source rank and expert, and the ticket for `combine`.
 
-        The rows of one expert come in the order of source ranks, and of slots within a rank.
+        An expert takes its rows in the order of source ranks, and of slots within a rank.
         """
         count_PL = routing.count_E.view(self.num_ranks, -1)
         arriving_PL, sent, arriving = context.once("sizes", lambda: self._sizes(count_PL, routing.uniform_count))
@@ -56,22 +55,21 @@ class AllToAllDispatcher:
         rows_ND = gather_rows(x_TD, routing.token_N, routing.slot_TK)
         rows_RD = all_to_all_rows(rows_ND, received, sent, self.group)
         order_R = context.once("order", lambda: chunk_order(arriving_PL, sum(received)))
-        rows_RD = gather_rows(rows_RD, order_R, invert_permutation(order_R).unsqueeze(1))
         ticket = ExchangeTicket(
             num_tokens=x_TD.shape[0],
             sent=sent,
             received=received,
-            order_R=order_R,
+            arrived=Routing.of_rows(order_R, arriving_PL.sum(0)),
             host_counts=[sum(column) for column in zip(*arriving)],
         )
-        return rows_RD, arriving_PL.sum(0), ticket
+        return rows_RD, ticket
 
-    def combine(self, rows_RD: Tensor, routing: Routing, ticket: ExchangeTicket) -> Tensor:
+    def combine(
+        self, rows_RD: Tensor, routing: Routing, ticket: ExchangeTicket, added: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Rows (R, D) back to their sources, then the weighted sum of each token's slots: (T, D)."""
-        inverse_R = invert_permutation(ticket.order_R)
-        rows_RD = gather_rows(rows_RD, inverse_R, ticket.order_R.unsqueeze(1))
         rows_ND = all_to_all_rows(rows_RD, ticket.sent, ticket.received, self.group)
-        return combine_rows(rows_ND, routing.weight_N, routing.token_N, routing.slot_TK, ticket.num_tokens)
+        return combine_rows(rows_ND, routing.weights(), routing.token_N, routing.slot_TK, ticket.num_tokens, added)
 
     def _sizes(self, count_PL: Tensor, uniform_count: int | None) -> tuple[Tensor, list[int], list[list[int]]]:
         """Rows that arrive for each local expert from each rank, and rows to send, on the host."""

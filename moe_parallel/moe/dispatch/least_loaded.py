@@ -7,7 +7,7 @@ may be computed on several ranks, each of which borrows the expert's weights for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from moe_kernels.permute import combine_rows, gather_rows, invert_permutation
 from moe_parallel.collectives import all_to_all_rows, gather_over, lend_weights
+from moe_parallel.moe.dispatch.config import DispatchConfig
 from moe_parallel.moe.dispatch.spill_plan import Integers, SpillPlan, plain_plan, plan_spill
-from moe_parallel.moe.dispatch.ticket import DispatchConfig, Ticket
+from moe_parallel.moe.experts import Ticket
 from moe_parallel.moe.routing import LayerContext, Routing
 
 
@@ -62,13 +63,10 @@ class Route:
     order_N: Tensor | None
     """Permutation from slots by expert to slots by the rank that computes them; None if that is the same."""
     inverse_N: Tensor | None
-    order_R: Tensor
-    """Permutation from arrival order to expert order: own experts, then borrowed ones."""
-    inverse_R: Tensor
+    arrived: Routing
+    """Of the rows that arrive among the experts computed here: own ones, then borrowed ones."""
     host_counts: list[int]
     """Rows of each expert that is computed here."""
-    count_L: Tensor
-    """int64: the same on the device."""
     transfer: Callable[[Tensor], Tensor] | None
     """See `Ticket.transfer`; None on all ranks, or on none."""
 
@@ -93,30 +91,32 @@ class LeastLoadedDispatcher:
         self.num_ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
-    def dispatch(
-        self, x_TD: Tensor, routing: Routing, context: LayerContext
-    ) -> tuple[Tensor, Tensor, LeastLoadedTicket]:
-        """(T, D) -> rows (R, D) sorted by the experts computed here, their counts (L'), and the ticket for `combine`.
+    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, LeastLoadedTicket]:
+        """(T, D) -> rows (R, D) as they arrive, by source rank and expert, and the ticket for `combine`.
 
-        The rows of one expert come in the order of source ranks, and of slots within a rank.
+        An expert takes its rows in the order of source ranks, and of slots within a rank.
         """
         # Once: a recomputed pass must find the same plan, and neither exchange counts nor plan again.
         route: Route = context.once("spill", lambda: self._route(routing))
         routing = _by_rank(routing, route)
         rows_ND = gather_rows(x_TD, routing.token_N, routing.slot_TK)
         rows_RD = all_to_all_rows(rows_ND, route.received, route.sent, self.group)
-        rows_RD = gather_rows(rows_RD, route.order_R, route.inverse_R.unsqueeze(1))
         ticket = LeastLoadedTicket(
-            num_tokens=x_TD.shape[0], route=route, host_counts=route.host_counts, transfer=route.transfer
+            num_tokens=x_TD.shape[0],
+            route=route,
+            arrived=route.arrived,
+            host_counts=route.host_counts,
+            transfer=route.transfer,
         )
-        return rows_RD, route.count_L, ticket
+        return rows_RD, ticket
 
-    def combine(self, rows_RD: Tensor, routing: Routing, ticket: LeastLoadedTicket) -> Tensor:
+    def combine(
+        self, rows_RD: Tensor, routing: Routing, ticket: LeastLoadedTicket, added: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Rows (R, D) back to their sources, then the weighted sum of each token's slots: (T, D)."""
         route, routing = ticket.route, _by_rank(routing, ticket.route)
-        rows_RD = gather_rows(rows_RD, route.inverse_R, route.order_R.unsqueeze(1))
         rows_ND = all_to_all_rows(rows_RD, route.sent, route.received, self.group)
-        return combine_rows(rows_ND, routing.weight_N, routing.token_N, routing.slot_TK, ticket.num_tokens)
+        return combine_rows(rows_ND, routing.weights(), routing.token_N, routing.slot_TK, ticket.num_tokens, added)
 
     def plan(self, count_PE: Integers) -> SpillPlan:
         """The plan for the rows (P, E) that each rank has for each expert."""
@@ -151,10 +151,8 @@ class LeastLoadedDispatcher:
             received=arriving_PL.sum(1).tolist(),
             order_N=order_N,
             inverse_N=None if order_N is None else invert_permutation(order_N),
-            order_R=order_R,
-            inverse_R=invert_permutation(order_R),
+            arrived=Routing.of_rows(order_R, torch.tensor(host_counts, dtype=torch.int64, device=device)),
             host_counts=host_counts,
-            count_L=torch.tensor(host_counts, dtype=torch.int64, device=device),
             transfer=self._transfer(plan) if plan.moves_weights else None,
         )
 
@@ -182,7 +180,7 @@ def _by_rank(routing: Routing, route: Route) -> Routing:
     return replace(
         routing,
         token_N=routing.token_N[route.order_N],
-        weight_N=routing.weight_N[route.order_N],
+        weight_N=routing.weights()[route.order_N],
         slot_TK=None if routing.slot_TK is None else route.inverse_N[routing.slot_TK],
     )
 

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from moe_kernels.permute import combine_rows, gather_rows
-from moe_parallel.moe.dispatch.ticket import Ticket
+from moe_parallel.moe.experts import Ticket
 from moe_parallel.moe.routing import LayerContext, Routing
 
 
-@dataclass(frozen=True, kw_only=True)
-class LocalTicket(Ticket):
-    """What `combine` needs to know of the matching `dispatch`."""
-
-    num_tokens: int
-
-
 class LocalDispatcher:
-    """Gathers rows into expert order and combines them back."""
+    """Leaves the tokens where they are: the experts gather their rows and add up their results themselves."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, Tensor, LocalTicket]:
-        """(T, D) -> rows (N, D) sorted by expert, their counts, and the ticket for `combine`."""
-        rows_ND = gather_rows(x_TD, routing.token_N, routing.slot_TK)
+    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, Ticket]:
+        """The tokens (T, D) as they are, and their routing."""
         host_counts = None
         if routing.uniform_count is not None:
             host_counts = [routing.uniform_count] * routing.count_E.numel()
-        return rows_ND, routing.count_E, LocalTicket(num_tokens=x_TD.shape[0], host_counts=host_counts)
+        return x_TD, Ticket(arrived=routing, host_counts=host_counts, sums_here=True)
 
-    def combine(self, rows_ND: Tensor, routing: Routing, ticket: LocalTicket) -> Tensor:
-        """Weighted sum of each token's expert outputs: (N, D) -> (T, D)."""
-        return combine_rows(rows_ND, routing.weight_N, routing.token_N, routing.slot_TK, ticket.num_tokens)
+    def combine(self, out_TD: Tensor, routing: Routing, ticket: Ticket, added: Sequence[Tensor] = ()) -> Tensor:
+        """What the experts made of the tokens (T, D) is the result."""
+        return sum(added, out_TD)

@@ -19,7 +19,8 @@ from moe_kernels.permute import chunk_order, combine_rows, gather_rows, invert_p
 from moe_parallel import launch
 from moe_parallel.collectives import all_to_all_rows, exchange_counts
 from moe_parallel.moe.dispatch.all_to_all import AllToAllDispatcher, ExchangeTicket
-from moe_parallel.moe.dispatch.ticket import DispatchConfig, Ticket
+from moe_parallel.moe.dispatch.config import DispatchConfig
+from moe_parallel.moe.experts import Ticket
 from moe_parallel.moe.routing import LayerContext, Routing
 
 
@@ -96,8 +97,8 @@ class TwoHopTicket(Ticket):
 
     num_tokens: int
     plan: _Plan
-    routing: Routing
-    """Of the arrived rows, among the experts of this node."""
+    at_node: Routing
+    """Of the rows that crossed the network, among the experts of this node."""
     inner: ExchangeTicket
 
 
@@ -117,38 +118,39 @@ class TwoHopDispatcher:
         self.num_nodes = dist.get_world_size(across)
         self.inner = AllToAllDispatcher(within)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, Tensor, TwoHopTicket]:
-        """(T, D) -> rows (R, D) sorted by local expert, their counts (L), and the ticket for `combine`.
+    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, TwoHopTicket]:
+        """(T, D) -> rows (R, D) as they arrive, and the ticket for `combine`.
 
-        The rows of one expert come in the order of the source's place in its node, then of nodes, then of slots.
+        An expert takes its rows in the order of the source's place in its node, then of nodes, then of slots.
         """
         plan: _Plan = context.once("node_plan", lambda: self._plan(routing, x_TD.shape[0]))
         rows_UD = gather_rows(x_TD, plan.token_U, plan.row_TJ)
         rows_AD = all_to_all_rows(rows_UD, plan.received_rows, plan.sent_rows, self.across)
-        arrived = self._send_slots(routing, plan)
-        rows_RD, count_L, inner = self.inner.dispatch(rows_AD, arrived, context)
+        at_node = self._send_slots(routing, plan)
+        rows_RD, inner = self.inner.dispatch(rows_AD, at_node, context)
         ticket = TwoHopTicket(
             num_tokens=x_TD.shape[0],
             plan=plan,
-            routing=arrived,
+            at_node=at_node,
             inner=inner,
+            arrived=inner.arrived,
             host_counts=inner.host_counts,
-            transfer=inner.transfer,
         )
-        return rows_RD, count_L, ticket
+        return rows_RD, ticket
 
-    def combine(self, rows_RD: Tensor, routing: Routing, ticket: TwoHopTicket) -> Tensor:
+    def combine(self, rows_RD: Tensor, routing: Routing, ticket: TwoHopTicket, added: Sequence[Tensor] = ()) -> Tensor:
         """Weighted sums of each node (R, D) back to their sources, then the sum over nodes: (T, D)."""
         plan = ticket.plan
-        sum_AD = self.inner.combine(rows_RD, ticket.routing, ticket.inner)
+        sum_AD = self.inner.combine(rows_RD, ticket.at_node, ticket.inner)
         sum_UD = all_to_all_rows(sum_AD, plan.sent_rows, plan.received_rows, self.across)
-        one_U = torch.ones_like(plan.token_U, dtype=routing.weight_N.dtype)
-        return combine_rows(sum_UD, one_U, plan.token_U, plan.row_TJ, ticket.num_tokens)
+        one_U = torch.ones_like(plan.token_U, dtype=routing.weights().dtype)
+        return combine_rows(sum_UD, one_U, plan.token_U, plan.row_TJ, ticket.num_tokens, added)
 
     def _send_slots(self, routing: Routing, plan: _Plan) -> Routing:
         """The slots for experts of this node, of the same rail in all nodes, as a routing of the arrived rows."""
         # One message instead of two: a number below 2^24 is exact in float32.
-        slot_N2 = torch.stack([plan.index_N.to(routing.weight_N.dtype), routing.weight_N], dim=1)
+        weight_N = routing.weights()
+        slot_N2 = torch.stack([plan.index_N.to(weight_N.dtype), weight_N], dim=1)
         slot_M2 = all_to_all_rows(slot_N2, plan.received_slots, plan.sent_slots, self.across)
         slot_M2 = gather_rows(slot_M2, plan.order_M, invert_permutation(plan.order_M).unsqueeze(1))
         total, uniform = sum(plan.received_slots), routing.uniform_count
@@ -166,9 +168,9 @@ class TwoHopDispatcher:
     def _plan(self, routing: Routing, num_tokens: int) -> _Plan:
         """Which rows go where, and the sizes of what arrives, on the host."""
         num_slots, count_GX = routing.token_N.numel(), routing.count_E.view(self.num_nodes, -1)
-        if max(num_tokens, num_slots) > _exact_below(routing.weight_N.dtype):
+        if max(num_tokens, num_slots) > _exact_below(routing.weights().dtype):
             raise ValueError(
-                f"dispatch=two_hop numbers rows in {routing.weight_N.dtype}, which cannot tell {num_slots} slots of a "
+                f"dispatch=two_hop numbers rows in {routing.weights().dtype}, which cannot tell {num_slots} slots of a "
                 "rank's micro-batch apart; lower train.micro_batch_sequences"
             )
         slots_G = count_GX.sum(1)
