@@ -1,4 +1,4 @@
-"""The sum of each token's slots, weighted or not."""
+"""The sum of each token's slots, weighted or not; with one slot a row, a copy of rows in another order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from moe_kernels.triton_support import block_of, jit, tl, triton
 
 
 def combine_reference(
@@ -36,6 +38,70 @@ def combine_reference(
     return out_TD.to(rows_ND.dtype)
 
 
+@jit
+def combine_kernel(
+    rows_ptr, weight_ptr, slot_ptr, first_ptr, added_ptr, more_ptr, out_ptr,
+    D: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token, BLOCK columns. K = 0: the token's slots are those from first[t] to first[t + 1]."""
+    token = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < D
+    total = tl.zeros((BLOCK,), tl.float32)
+    if K == 0:
+        begin, end = tl.load(first_ptr + token), tl.load(first_ptr + token + 1)
+    else:
+        begin, end = token * K, token * K + K
+    for place in range(begin, end):
+        slot = tl.load(slot_ptr + place).to(tl.int64)
+        row = tl.load(rows_ptr + slot * D + column, inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            row = row * tl.load(weight_ptr + slot)
+        total += row
+    here = token.to(tl.int64) * D + column
+    if ADDED > 0:
+        total += tl.load(added_ptr + here, inside, other=0.0).to(tl.float32)
+    if ADDED > 1:
+        total += tl.load(more_ptr + here, inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + here, total.to(out_ptr.dtype.element_ty), inside)
+
+
+@torch.library.custom_op("moe_kernels::combine", mutates_args=())
+def _combine(
+    rows_ND: Tensor,
+    weight_N: Tensor | None,
+    slot: Tensor,
+    first_T: Tensor | None,
+    num_tokens: int,
+    added: list[Tensor],
+) -> Tensor:
+    out_TD = rows_ND.new_empty(num_tokens, rows_ND.shape[1])
+    block = min(block_of(rows_ND.shape[1]), 2048)
+    if num_tokens > 0:
+        more = [term.contiguous() for term in added] + [None, None]
+        combine_kernel[(num_tokens, triton.cdiv(rows_ND.shape[1], block))](
+            rows_ND,
+            weight_N,
+            slot,
+            first_T,
+            more[0],
+            more[1],
+            out_TD,
+            D=rows_ND.shape[1],
+            K=0 if first_T is not None else slot.shape[1],
+            WEIGHTED=weight_N is not None,
+            ADDED=len(added),
+            BLOCK=block,
+            num_warps=4 if block >= 1024 else 1,
+        )
+    return out_TD
+
+
+@_combine.register_fake
+def _(rows_ND, weight_N, slot, first_T, num_tokens, added):
+    return rows_ND.new_empty(num_tokens, rows_ND.shape[1])
+
+
 def combine(
     rows_ND: Tensor,
     weight_N: Tensor | None,
@@ -51,7 +117,24 @@ def combine(
         weight_N: one a slot; None for ones.
         token_N: the token of each slot.
         slot_TK: the places of each token's slots when every token has exactly K of them, else None.
-        added: (T, D) each; added to the sum before it is rounded.
-        fused: one kernel that reads every row once, in one order; else in plain torch.
+        added: (T, D) each, two at most; added to the sum before it is rounded.
+        fused: one Triton kernel that reads every row once, in one order; else in plain torch, where a list of slots is
+            summed on a GPU in no fixed order.
     """
-    return combine_reference(rows_ND, weight_N, token_N, slot_TK, num_tokens, added)
+    if not fused:
+        return combine_reference(rows_ND, weight_N, token_N, slot_TK, num_tokens, added)
+    if slot_TK is not None:
+        return _combine(rows_ND, weight_N, slot_TK, None, num_tokens, list(added))
+    sorted_N, slot_N = token_N.sort(stable=True)
+    bound_T = torch.arange(num_tokens + 1, dtype=sorted_N.dtype, device=sorted_N.device)
+    first_T = torch.searchsorted(sorted_N, bound_T, out_int32=True)
+    return _combine(rows_ND, weight_N, slot_N.to(torch.int32), first_T, num_tokens, list(added))
+
+
+def gather(rows_TD: Tensor, index_N: Tensor | None, fused: bool) -> Tensor:
+    """A copy of the rows in the order of `index_N`: (T, D) -> (N, D); the rows themselves without one."""
+    if index_N is None:
+        return rows_TD
+    if not fused:
+        return rows_TD.index_select(0, index_N)
+    return _combine(rows_TD, None, index_N.unsqueeze(1), None, index_N.shape[0], [])

@@ -23,11 +23,6 @@ class Groups:
     slices: tuple[slice, ...] | None
     """The rows of each expert on the host, for the loop."""
 
-    @property
-    def fused(self) -> bool:
-        """Kernels of this project compute them."""
-        return self.how is ExpertKernel.triton
-
     @staticmethod
     def of(end_E: Tensor, how: ExpertKernel, host_counts: Sequence[int] | None) -> Groups:
         """Waits for the device only for a loop whose counts the host does not know."""

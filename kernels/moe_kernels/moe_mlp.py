@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_kernels.choice import ExpertKernel, choose
-from moe_kernels.combine import combine
+from moe_kernels.choice import Entry, ExpertKernel, Problem, choose
+from moe_kernels.combine import combine, gather
 from moe_kernels.expert_rows import expert_rows
 from moe_kernels.grad_hidden import grad_hidden
 from moe_kernels.grad_weight import grad_weight
@@ -44,47 +44,50 @@ def moe_mlp_reference(
 class _MoEMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x_TD, gate_up, down, weight_N, token_N, slot_TK, end_E, how, host_counts, recompute, main_grad, *added
+        ctx, x_TD, gate_up, down, weight_N, token_N, slot_TK, end_E, choice, host_counts, recompute, main_grad, *added
     ):
-        groups = Groups.of(end_E, how, host_counts)
-        hidden_N2F, activation_NF = up_projection(x_TD, token_N, gate_up, groups)
+        groups, tiles = Groups.of(end_E, choice.how, host_counts), choice.config
+        rows, index_N = (x_TD, token_N) if tiles.gathers else (gather(x_TD, token_N, tiles.combine), None)
+        hidden_N2F, activation_NF = up_projection(rows, index_N, gate_up, groups, tiles.up)
+        del rows
         ctx.save_for_backward(x_TD, None if recompute else hidden_N2F, gate_up, down, weight_N, token_N, slot_TK, end_E)
-        ctx.how, ctx.host_counts, ctx.main_grad = how, host_counts, main_grad
+        ctx.choice, ctx.host_counts, ctx.main_grad = choice, host_counts, main_grad
         if weight_N is None and not added and _moves_rows(token_N, slot_TK):
-            return expert_rows(activation_NF, down.mT, groups, to_N=token_N)
-        rows_ND = expert_rows(activation_NF, down.mT, groups)
-        return combine(rows_ND, weight_N, token_N, slot_TK, x_TD.shape[0], added, fused=groups.fused)
+            return expert_rows(activation_NF, down.mT, groups, tiles.down, to_N=token_N)
+        rows_ND = expert_rows(activation_NF, down.mT, groups, tiles.down)
+        return combine(rows_ND, weight_N, token_N, slot_TK, x_TD.shape[0], added, fused=tiles.combine)
 
     @staticmethod
     def backward(ctx, grad_TD):
         x_TD, hidden_N2F, gate_up, down, weight_N, token_N, slot_TK, end_E = ctx.saved_tensors
-        groups = Groups.of(end_E, ctx.how, ctx.host_counts)
+        groups, tiles = Groups.of(end_E, ctx.choice.how, ctx.host_counts), ctx.choice.config
         main_gate_up, main_down = ctx.main_grad or (None, None)
+        weight_tile = tiles.grad_weight if ctx.main_grad is None else tiles.add_weight
         grad_added = [grad_TD if needed else None for needed in ctx.needs_input_grad[11:]]
         grad_TD = grad_TD.contiguous()  # an expanded gradient (of a sum) has strides that kernels refuse
-        # The kernels gather as they load. In plain torch a gathered copy serves both products that need it.
-        (grad_rows, x_rows), index_N = (grad_TD, x_TD), token_N
-        if token_N is not None and not groups.fused:
-            (grad_rows, x_rows), index_N = (t.index_select(0, token_N) for t in (grad_TD, x_TD)), None
+        # Kernels may gather as they load. Otherwise a gathered copy serves both products that need it.
+        grad_rows, x_rows, index_N = grad_TD, x_TD, token_N
+        if not tiles.gathers:
+            grad_rows, x_rows, index_N = *(gather(t, token_N, tiles.combine) for t in (grad_TD, x_TD)), None
         if hidden_N2F is None:
-            hidden_N2F, _ = up_projection(x_rows, index_N, gate_up, groups)
+            hidden_N2F, _ = up_projection(x_rows, index_N, gate_up, groups, tiles.up)
         grad_hidden_N2F, activation_NF, grad_weight_N = grad_hidden(
-            grad_rows, index_N, weight_N, down, hidden_N2F, groups
+            grad_rows, index_N, weight_N, down, hidden_N2F, groups, tiles.grad_hidden
         )
         del hidden_N2F
         grad_gate_up = grad_down = grad_x_TD = None
         if ctx.needs_input_grad[2] or main_down is not None:
-            grad_down = grad_weight(grad_rows, index_N, activation_NF, None, groups, main_down)
+            grad_down = grad_weight(grad_rows, index_N, activation_NF, None, groups, weight_tile, main_down)
         del activation_NF
         if ctx.needs_input_grad[1] or main_gate_up is not None:
-            grad_gate_up = grad_weight(grad_hidden_N2F, None, x_rows, index_N, groups, main_gate_up)
+            grad_gate_up = grad_weight(grad_hidden_N2F, None, x_rows, index_N, groups, weight_tile, main_gate_up)
         del grad_rows, x_rows
         if ctx.needs_input_grad[0]:
             if _moves_rows(token_N, slot_TK):
-                grad_x_TD = expert_rows(grad_hidden_N2F, gate_up, groups, to_N=token_N)
+                grad_x_TD = expert_rows(grad_hidden_N2F, gate_up, groups, tiles.grad_rows, to_N=token_N)
             else:
-                grad_rows_ND = expert_rows(grad_hidden_N2F, gate_up, groups)
-                grad_x_TD = combine(grad_rows_ND, None, token_N, slot_TK, x_TD.shape[0], fused=groups.fused)
+                grad_rows_ND = expert_rows(grad_hidden_N2F, gate_up, groups, tiles.grad_rows)
+                grad_x_TD = combine(grad_rows_ND, None, token_N, slot_TK, x_TD.shape[0], fused=tiles.combine)
         return grad_x_TD, grad_gate_up, grad_down, grad_weight_N, *[None] * 7, *grad_added
 
 
@@ -104,6 +107,7 @@ def moe_mlp(
     *,
     host_counts: Sequence[int] | None = None,
     how: ExpertKernel = ExpertKernel.auto,
+    table: tuple[Entry, ...] | None = None,
     recompute: bool = False,
     added: Sequence[Tensor] = (),
     main_grad: tuple[Tensor, Tensor] | None = None,
@@ -120,6 +124,7 @@ def moe_mlp(
         slot_TK: integer, the places of each token's slots when every token has exactly K; None for any other list.
         host_counts: `count_E` when the host knows it; saves the loop a wait for the device.
         how: implementation; `auto` looks it up. Explicit ones are refused where they cannot run.
+        table: measured shapes that `auto`, and the tiles of `triton`, are taken from; None for the shipped ones.
         recompute: keep no pre-activation and compute it again in the backward pass.
         added: tensors (T, D) that are added to the result in the same pass: the output of shared experts, the residual.
         main_grad: float32 buffers like `gate_up` and `down`. Weight gradients are added to them, with no sum in a
@@ -127,7 +132,8 @@ def moe_mlp(
     Returns:
         (T, D) in the type of `x_TD`. A token without slots gets only what is added.
     """
-    how = choose(how, x_TD, gate_up, down)
+    num_rows = x_TD.shape[0] if token_N is None else token_N.shape[0]
+    choice = choose(how, Problem.of(x_TD, gate_up, num_rows), table)
     if token_N is None and weight_N is not None:
         token_N = torch.arange(x_TD.shape[0], dtype=torch.int32, device=x_TD.device)
         slot_TK = token_N.unsqueeze(1)
@@ -135,5 +141,5 @@ def moe_mlp(
     integers = (None if index is None else index.to(torch.int32) for index in (token_N, slot_TK))
     end_E = count_E.cumsum(0, dtype=torch.int32)
     return _MoEMLP.apply(
-        x_TD, gate_up, down, weight_N, *integers, end_E, how, host_counts, recompute, main_grad, *added
+        x_TD, gate_up, down, weight_N, *integers, end_E, choice, host_counts, recompute, main_grad, *added
     )

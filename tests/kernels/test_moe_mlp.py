@@ -6,12 +6,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_kernels.choice import ExpertKernel
+from moe_kernels.choice import (
+    SPECIALIZED,
+    Entry,
+    ExpertKernel,
+    Problem,
+    choose,
+    entry_values,
+    read_table,
+    shipped_table,
+    write_table,
+)
 from moe_kernels.moe_mlp import moe_mlp, moe_mlp_reference
 from tests.kernels.examples import KINDS, Operands, operands, relative_error
 
@@ -186,11 +198,50 @@ def test_only_the_wanted_gradients_are_computed():
 
 def test_choice_on_a_cpu_is_the_loop():
     """On a CPU grouped_mm is slower and knows no float64; the choice must not depend on the type there."""
-    from moe_kernels.choice import choose
-
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        x, gate_up, down, *_ = operands("top-k").cast(dtype)
-        assert choose(ExpertKernel.auto, x, gate_up, down) is ExpertKernel.loop
+        x, gate_up, *_ = operands("top-k").cast(dtype)
+        choice = choose(ExpertKernel.auto, Problem.of(x, gate_up, 74), table=())
+        assert choice.how is ExpertKernel.loop
+        assert "no measurement" in choice.why
+
+
+def entry(rows: int, how: ExpertKernel, **other) -> Entry:
+    return Entry(**{"device": "cpu", "dtype": "bfloat16", "dim": 64, "expert_dim": 32, "num_experts": 4, **other},
+                 rows_per_expert=rows, how=how)  # fmt: skip
+
+
+def test_a_table_decides_for_its_shape_and_the_nearest_number_of_rows():
+    """Another device's, type's or shape's entry, or that of a very different number of rows, must not decide. The
+    distance is a ratio: 300 rows are nearer to 1000 than to 64."""
+    table = (
+        entry(64, ExpertKernel.loop),
+        entry(1000, ExpertKernel.grouped_mm),
+        entry(300, ExpertKernel.loop, dtype="float32"),
+        entry(300, ExpertKernel.loop, device="NVIDIA H200"),
+        entry(300, ExpertKernel.loop, num_experts=8),
+    )
+    for rows, wanted in ((64, "loop"), (300, "grouped_mm"), (200, "loop"), (5000, "grouped_mm")):
+        problem = Problem(torch.device("cpu"), torch.bfloat16, 64, 32, 4, 4 * rows)
+        assert choose(ExpertKernel.auto, problem, table).how.value == wanted
+    other = Problem(torch.device("cpu"), torch.bfloat16, 64, 48, 4, 256)
+    assert "no measurement" in choose(ExpertKernel.auto, other, table).why
+
+
+def test_a_table_reads_back(tmp_path):
+    """Tiles, choices and what was measured beside them survive the file; a file of another kind is named."""
+    tiled = replace(entry(64, ExpertKernel.triton), config=SPECIALIZED)
+    path = tmp_path / "table.json"
+    write_table(path, [entry_values(tiled, milliseconds={"triton": 1.5}), entry_values(entry(9, ExpertKernel.loop))])
+    assert read_table(path) == (tiled, entry(9, ExpertKernel.loop))
+    for text in ("{}", "[1]", "nonsense", '{"entries": [{"how": "faster", "config": {}}]}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"table\.json is no table of kernels"):
+            read_table(path)
+
+
+def test_shipped_tables_are_readable():
+    """Each file beside the kernels; a typing error there would end every run."""
+    shipped_table()
 
 
 @pytest.mark.parametrize(
