@@ -10,7 +10,7 @@ RANKS ?= 2
 ARGS ?=
 NAME ?= granularity
 
-.PHONY: install train test parity compare bench bench-nodes bench-skew check format help clean
+.PHONY: install train test parity compare bench bench-gpu bench-nodes bench-skew check format help clean
 
 help:
 	@echo "make install   create .venv with pinned dependencies"
@@ -19,6 +19,7 @@ help:
 	@echo "make parity    only the parity suite; prints its table"
 	@echo "make compare   an experiment of docs/experiments.md   (NAME=granularity ARGS='--jobs 2')"
 	@echo "make bench     speed and memory against transformers, written to docs/benchmarks.md"
+	@echo "make bench-gpu  a layer's experts on this GPU against its peers   (ARGS=--dry-run: on a CPU; PEERS=path: bundle.py's)"
 	@echo "make bench-nodes  flat against two-hop exchange over a slow link between two nodes, in namespaces; as root"
 	@echo "make bench-skew   least-loaded dispatch under skewed loads, 4 processes   (ARGS=--write: into docs/benchmarks.md)"
 	@echo "make check     formatting, lint, types, spelling"
@@ -50,6 +51,11 @@ compare: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/against_transformers.py $(ARGS)
+
+# .venv has a CPU build of torch: name the Python of a GPU machine with GPU_PYTHON. Nothing is installed into that one.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+bench-gpu:
+	PYTHONPATH=kernels$(if $(PYTHONPATH),:$(PYTHONPATH)) PEERS=$(PEERS) $(GPU_PYTHON) -m benchmarks.gpu.run $(ARGS)
 
 bench-skew: $(READY)
 	$(BIN)/python benchmarks/skewed_load.py $(ARGS)
