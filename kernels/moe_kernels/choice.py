@@ -193,10 +193,8 @@ def entry_values(entry: Entry, **measured: Any) -> dict[str, Any]:
     return {**asdict(entry), "how": entry.how.value, **measured}
 
 
-@cache
-def shipped_table() -> tuple[Entry, ...]:
-    """What was measured on machines of this project: the files beside this one."""
-    return tuple(e for path in sorted((Path(__file__).parent / "tuned").glob("*.json")) for e in read_table(path))
+SHIPPED = tuple(e for path in sorted((Path(__file__).parent / "tuned").glob("*.json")) for e in read_table(path))
+"""What was measured on machines of this project: the files beside this one."""
 
 
 @cache
@@ -235,7 +233,7 @@ def choose(how: ExpertKernel, problem: Problem, table: tuple[Entry, ...] | None 
     """
     near = None
     if how in (ExpertKernel.auto, ExpertKernel.triton):
-        near = _nearest(shipped_table() if table is None else table, problem)
+        near = _nearest(SHIPPED if table is None else table, problem)
     if how is ExpertKernel.auto:
         if near is not None and refusal(near.how, problem) is None:
             return Choice(near.how, near.config, f"measured with {near.rows_per_expert} rows an expert")
