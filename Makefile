@@ -10,7 +10,7 @@ RANKS ?= 2
 ARGS ?=
 NAME ?= granularity
 
-.PHONY: install train test parity compare bench bench-gpu bench-nodes bench-skew check format help clean
+.PHONY: install train test parity compare bench bench-gpu bench-gpu-train bench-nodes bench-overlap bench-skew check format help clean
 
 help:
 	@echo "make install   create .venv with pinned dependencies"
@@ -20,7 +20,9 @@ help:
 	@echo "make compare   an experiment of docs/experiments.md   (NAME=granularity ARGS='--jobs 2')"
 	@echo "make bench     speed and memory against transformers, written to docs/benchmarks.md"
 	@echo "make bench-gpu  a layer's experts on this GPU against its peers   (ARGS=--dry-run: on a CPU; PEERS=path: bundle.py's)"
+	@echo "make bench-gpu-train  training steps of whole models on this GPU, against transformers and torchtitan   (ARGS=--dry-run)"
 	@echo "make bench-nodes  flat against two-hop exchange over a slow link between two nodes, in namespaces; as root"
+	@echo "make bench-overlap  how much of a slow exchange computation hides, in namespaces; as root"
 	@echo "make bench-skew   least-loaded dispatch under skewed loads, 4 processes   (ARGS=--write: into docs/benchmarks.md)"
 	@echo "make check     formatting, lint, types, spelling"
 	@echo "make format    format the code"
@@ -57,8 +59,14 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 bench-gpu:
 	PYTHONPATH=kernels$(if $(PYTHONPATH),:$(PYTHONPATH)) PEERS=$(PEERS) $(GPU_PYTHON) -m benchmarks.gpu.run $(ARGS)
 
+bench-gpu-train:
+	PYTHONPATH=kernels:data$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m benchmarks.gpu_train.run $(ARGS)
+
 bench-skew: $(READY)
 	$(BIN)/python benchmarks/skewed_load.py $(ARGS)
+
+bench-overlap: $(READY)
+	$(BIN)/python benchmarks/overlap.py $(ARGS)
 
 bench-nodes: $(READY)
 	$(BIN)/python benchmarks/two_nodes.py $(ARGS)

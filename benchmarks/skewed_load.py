@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moe_kernels.permute import invert_permutation, sort_slots
+from moe_kernels.counting_sort import sort_slots
 from moe_parallel import launch
 from moe_parallel.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_parallel.moe.dispatch.least_loaded import LeastLoadedConfig, LeastLoadedDispatcher
@@ -144,15 +144,14 @@ class Layer:
         """Forward and backward. Returns output and gradients, and the rows that this rank computed."""
         x_TD, weight_TK = (tensor.detach().requires_grad_() for tensor in (self.x_TD, self.weight_TK))
         self.experts.zero_grad()
-        order_N, count_E = sort_slots(self.expert_TK, self.shape.experts)
-        slot_TK = invert_permutation(order_N).view_as(self.expert_TK)
+        order_N, count_E, place_N = sort_slots(self.expert_TK, self.shape.experts)
+        slot_TK = place_N.view_as(self.expert_TK)
         routing = Routing(token_N=order_N, weight_N=weight_TK.view(-1)[order_N], count_E=count_E, slot_TK=slot_TK)
         context = LayerContext(layer=0, batch_shape=(1, self.shape.tokens))
         dispatcher: Any = self.dispatchers[side]
-        rows_RD, ticket = dispatcher.dispatch(x_TD, routing, context)
-        num_rows = rows_RD.shape[0]
-        rows_RD = self.experts(rows_RD, ticket)
-        out_TD = dispatcher.combine(rows_RD, routing, ticket)
+        rows, ticket = dispatcher.dispatch(x_TD, routing, context)
+        num_rows = sum(ticket.parts[0].host_counts)
+        out_TD = dispatcher.combine(self.experts(rows, ticket), routing, ticket)
         out_TD.backward(self.grad_TD)
         made = [out_TD.detach(), x_TD.grad, weight_TK.grad, self.experts.gate_up.grad, self.experts.down.grad]
         return made, num_rows  # type: ignore[return-value]

@@ -105,18 +105,19 @@ def network(megabits: int) -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-def run_ranks(names: list[str], arguments: list[str]) -> dict[str, Any]:
+def run_ranks(names: list[str], arguments: list[str], script: str = __file__, ranks: int = RANKS) -> dict[str, Any]:
     """Start the ranks in their namespaces and read what rank 0 wrote."""
     with tempfile.TemporaryDirectory() as folder:
         result, started = Path(folder) / "result.json", []
         try:
-            for rank in range(RANKS):
+            per_node = ranks // len(names)
+            for rank in range(ranks):
                 environment = dict(
-                    os.environ, RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank % PER_NODE),
-                    LOCAL_WORLD_SIZE=str(PER_NODE), MASTER_ADDR="10.77.0.1", MASTER_PORT=PORT,
+                    os.environ, RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank % per_node),
+                    LOCAL_WORLD_SIZE=str(per_node), MASTER_ADDR="10.77.0.1", MASTER_PORT=PORT,
                     GLOO_SOCKET_IFNAME=CABLE, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", HF_HUB_OFFLINE="1",
                 )  # fmt: skip
-                inside = ["ip", "netns", "exec", names[rank // PER_NODE], sys.executable, __file__]
+                inside = ["ip", "netns", "exec", names[rank // per_node], sys.executable, script]
                 started.append(subprocess.Popen([*inside, "--worker", str(result), *arguments], env=environment))
             while any(process.poll() is None for process in started):
                 if any(process.poll() for process in started):
@@ -224,8 +225,9 @@ def exchange_arms(mesh: ParallelMesh) -> dict[str, Callable[[int], None]]:
 
         def once(index: int) -> None:
             chosen = Routing.of(choice, weight_TK, EXPERTS)
-            rows_RD, ticket = dispatcher.dispatch(x_TD, chosen, context)
-            dispatcher.combine(rows_RD, chosen, ticket).backward(upstream_TD)
+            (token,), ticket = dispatcher.dispatch(x_TD, chosen, context)
+            rows_RD, _ = ticket.parts[0].receive(token)
+            dispatcher.combine([ticket.parts[0].send(rows_RD)], chosen, ticket).backward(upstream_TD)
 
         return once
 

@@ -215,7 +215,7 @@ class _Watched(LocalDispatcher):
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, Ticket]:
+    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[list[Tensor], Ticket]:
         num_experts = routing.count_E.numel()
         expert_N = torch.arange(num_experts).repeat_interleave(routing.count_E)
         zero_TE = torch.zeros(x_TD.shape[0], num_experts, dtype=torch.float64)

@@ -89,6 +89,11 @@ def refuse(error: Exception) -> None:
         time.sleep(_PATIENCE_SECONDS)  # a launcher that saw this rank end first would end rank 0 before it has spoken
 
 
+def device_type() -> str:
+    """What a run computes on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def start(timeout_seconds: float, job: int = 0) -> Launch:
     """Join the process group (NCCL for CUDA tensors, gloo for CPU tensors) and choose the device.
 
@@ -96,7 +101,7 @@ def start(timeout_seconds: float, job: int = 0) -> Launch:
         job: number of the run within this process; a sweep has several.
     """
     rank, world, local_rank = read_environment()
-    if torch.cuda.is_available():
+    if device_type() == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         # CPU collectives stay available: stop flags and checkpoints must not queue behind the GPU's work.

@@ -28,7 +28,6 @@ from moe_parallel.launch import Launch
 from moe_parallel.mesh import ParallelMesh
 from moe_parallel.options import architecture, check, load_config, plain_architecture
 from moe_parallel.run_folder import RunFolder, write_text_atomic
-from moe_parallel.trainer import DType
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ def _measure(run: Path, here: Launch) -> Measured:
     layout = check(config, 1)
     tokenizer = build_tokenizer(config.tokenizer, bpe_trainer(config.data.sources, config.data.cache_dir))
     shape = architecture(config, tokenizer.vocab_size)
-    automatic = torch.bfloat16 if here.device.type == "cuda" else torch.float32
-    dtype = {DType.auto: automatic, DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}[config.train.dtype]
+    dtype = config.train.compute_type(here.device.type)
     mesh = ParallelMesh(layout, here.device.type)
     seed = config.train.seed
     engine = NativeEngine(

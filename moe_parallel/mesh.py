@@ -9,6 +9,9 @@ experts. Gradients are summed over all ranks that hold the same weights, in eith
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 from dataclasses import dataclass as plain_dataclass
 from enum import Enum
 
@@ -26,6 +29,13 @@ class Recompute(str, Enum):
     """Keep only the input of each block and compute the rest again; routing is replayed, not chosen again."""
 
 
+class Compile(str, Enum):
+    none = "none"
+    """Run every operator by itself."""
+    blocks = "blocks"
+    """Fuse norms, projections, rotation and residual sum around the attention kernel of each block."""
+
+
 @dataclass(kw_only=True)
 class ParallelConfig:
     ranks: int | None = None
@@ -39,8 +49,25 @@ class ParallelConfig:
     shards after every micro-batch instead of the last one: less memory, more traffic."""
     recompute: Recompute = Recompute.none
     """Which activations are computed again in the backward pass instead of kept."""
+    compile: Compile = Compile.none
+    """What torch.compile makes of the model. Results differ by rounding; the first steps take a minute more, and a
+    compiler must be there: of C++ on a CPU, Triton on a GPU."""
     timeout_seconds: float = 600.0
     """A collective that waits longer than this ends the run with an error."""
+
+    def check_compiler(self, device_type: str) -> None:
+        """ValueError if a compiler is asked for that is not there."""
+        if self.compile is Compile.none:
+            return
+        if device_type == "cpu":
+            compiler = os.environ.get("CXX", "g++")
+            missing = None if shutil.which(compiler) else f"the C++ compiler {compiler}; install it or set CXX"
+        else:
+            missing = None if importlib.util.find_spec("triton") else "the package triton; install it"
+        if missing:
+            raise ValueError(
+                f"parallel.compile={self.compile.value} needs {missing}, or set parallel.compile={Compile.none.value}"
+            )
 
 
 @plain_dataclass(frozen=True)

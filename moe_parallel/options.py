@@ -35,9 +35,10 @@ from moe_parallel.model.initialize import InitConfig
 from moe_parallel.model.latent_attention import LatentConfig
 from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
-from moe_parallel.moe.dispatch.config import DispatchConfig
+from moe_parallel.moe.dispatch.config import DispatchConfig, DispatchSetting
+from moe_parallel.moe.dispatch.deepep import DeepEPConfig
 from moe_parallel.moe.dispatch.least_loaded import LeastLoadedConfig
-from moe_parallel.moe.dispatch.two_hop import TwoHopConfig, node_size
+from moe_parallel.moe.dispatch.two_hop import TwoHopConfig
 from moe_parallel.moe.layer import MoEConfig
 from moe_parallel.moe.routers.bi_level import BiLevelConfig
 from moe_parallel.moe.routers.expert_choice import ExpertChoiceConfig
@@ -74,10 +75,10 @@ ROUTERS = {
     "hash": HashConfig,
     "plugin": PluginConfig,
 }
-DISPATCHES = {"all_to_all": AllToAllConfig, "two_hop": TwoHopConfig, "least_loaded": LeastLoadedConfig}
+DISPATCHES: dict[str, type] = {"all_to_all": AllToAllConfig, "two_hop": TwoHopConfig}
+DISPATCHES |= {"least_loaded": LeastLoadedConfig, "deepep": DeepEPConfig}
 GROUPS_OF_KINDS: dict[str, dict[str, type]] = {"attention": ATTENTIONS, "router": ROUTERS, "dispatch": DISPATCHES}
-"""Sections whose options depend on the choice of their group: a dataclass for each kind. No two kinds of a section have
-the same names of options: a saved configuration is told apart by them."""
+"""A dataclass for each kind of a section. No two have the same names of options: saved ones are told apart by them."""
 
 
 @plain_dataclass
@@ -197,8 +198,8 @@ def architecture(config: Config, tokenizer_vocabulary: int | None) -> Architectu
     )
 
 
-def check(config: Config, ranks: int) -> Layout:
-    """The relations between sections, for this number of processes. Raises ConfigError with all problems at once."""
+def check(config: Config, ranks: int, device_type: str | None = None) -> Layout:
+    """The relations between sections, for these ranks; plans know no device. Raises ConfigError with all problems."""
     problems: list[str] = []
 
     def attempt(action: Callable[[], T]) -> T | None:
@@ -211,9 +212,15 @@ def check(config: Config, ranks: int) -> Layout:
     layout = attempt(lambda: make_layout(config.parallel, ranks, config.moe.num_experts))
     batches = attempt(lambda: config.train.micro_batches(ranks))
     attempt(lambda: architecture(config, None if config.model.vocab_size else 1))  # the tokenizer is not known yet
+    if device_type is not None:
+        attempt(lambda: config.attention.core.check_training(device_type))
+        attempt(lambda: config.moe.check_kernel(device_type, config.train.compute_type(device_type), config.model.dim))
+        attempt(lambda: config.parallel.check_compiler(device_type))
     if layout is not None:
         problems += _expert_problems(config, layout)
-        attempt(lambda: _check_dispatch(config.dispatch, layout))
+        dtype = None if device_type is None else config.train.compute_type(device_type)
+        sizes = layout.ep, config.moe.num_experts, config.model.dim, config.router.top_k
+        attempt(lambda: config.dispatch.check(DispatchSetting(*sizes, device_type, dtype)))
     if batches is not None:
         problems += _batch_problems(config, batches[1])
         shape = BatchShape(ranks, *batches, config.train.sequence_tokens)
@@ -237,15 +244,6 @@ def _expert_problems(config: Config, layout: Layout) -> list[str]:
             f"divide neither model.dim={model.dim} nor moe.expert_dim={config.moe.expert_dim}; change one of them"
         )
     return problems
-
-
-def _check_dispatch(dispatch: DispatchConfig, layout: Layout) -> None:
-    if isinstance(dispatch, TwoHopConfig):
-        node_size(dispatch, layout.ep)
-    elif isinstance(dispatch, LeastLoadedConfig) and layout.ep == 1:
-        raise ValueError(
-            "dispatch=least_loaded moves work between ranks of parallel.ep=1; raise it, or choose all_to_all"
-        )
 
 
 def _batch_problems(config: Config, micro_batch_sequences: int) -> list[str]:
@@ -281,7 +279,9 @@ def load_config(path: Path) -> Config:
     assert isinstance(saved, DictConfig)
     schema = OmegaConf.structured(Config)
     for group, kinds in GROUPS_OF_KINDS.items():  # the file does not say which kind: only one has these names
-        kind = next((k for k in kinds.values() if _field_names(k) == set(saved[group])), None)
+        fitting = [kind for kind in kinds.values() if _field_names(kind) >= set(saved[group])]
+        # An older version may lack options that came since; those have their defaults, like in other sections.
+        kind = min(fitting, key=lambda kind: len(_field_names(kind)), default=None)
         if kind is None:
             raise ConfigError([f"{path}: no kind of {group} has the options {sorted(saved[group])}; an older version?"])
         schema[group] = OmegaConf.structured(kind)

@@ -63,7 +63,7 @@ def report_plan(config: Config, layout: Layout, folder: RunFolder) -> None:
         f"experts ep {layout.ep}, {layout.expert_replicate} x replicated, {layout.expert_shard} x sharded"
     )
     print(f"memory per rank       {gib['total']:.2f} GiB, of which")
-    for part in ("weights", "gradients", "optimizer", "gathered", "activations"):
+    for part in ("weights", "gradients", "optimizer", "gathered", "activations", "temporary"):
         print(f"  {part:19s} {gib[part]:.2f} GiB")
     print(f"written to            {folder.model}")
 

@@ -31,7 +31,7 @@ from moe_parallel.plan import model_facts, report_plan
 from moe_parallel.run_folder import RunFolder, describe_environment, git_revision
 from moe_parallel.stop import Stopped, StopSignal
 from moe_parallel.tracking import NullTracker, Tracker
-from moe_parallel.trainer import DType, NonfiniteError, Trainer, TrainerConfig
+from moe_parallel.trainer import NonfiniteError, Trainer, TrainerConfig
 
 DONE, FAULT, BAD_INPUT, REQUEUE = 0, 1, 2, 75
 """Exit codes. REQUEUE: a signal stopped the run, a checkpoint is written, please start it again."""
@@ -55,7 +55,7 @@ def run(config: Config, name: str, job: int = 0) -> int:
         except (ValueError, OSError) as error:  # of the tokenizer, or of the folder
             raise ConfigError([str(error)]) from error
         return DONE
-    layout = check(config, world)
+    layout = check(config, world, launch.device_type())
     here = launch.start(config.parallel.timeout_seconds, job)
     logging.getLogger().setLevel(logging.INFO if here.is_first else logging.ERROR)
     try:
@@ -135,7 +135,7 @@ class _Run:
         _prompt(config, tokenizer)
         shape = architecture(config, tokenizer.vocab_size)
         identity = plain_architecture(shape)
-        mesh, dtype = ParallelMesh(self.layout, here.device.type), self._dtype()
+        mesh, dtype = ParallelMesh(self.layout, here.device.type), config.train.compute_type(here.device.type)
         engine = NativeEngine(
             shape,
             mesh,
@@ -156,6 +156,7 @@ class _Run:
             extra = checkpointer.load(path, engine.model, engine.optimizer, identity)
             data.load_state_dict(extra["data"])  # before anything is written: it may be of other data
             log.info("resuming from %s at step %d", path, extra["step"])
+        self._say_what_computes(engine)
         tracker = self._tracker(extra, shape)
         code = FAULT
         try:
@@ -179,6 +180,13 @@ class _Run:
         finally:
             tracker.finish(code)
         return code
+
+    def _say_what_computes(self, engine: NativeEngine) -> None:
+        train = self.config.train
+        if engine.layers:
+            rows = train.micro_batches(self.here.world)[1] * train.sequence_tokens * self.config.router.top_k
+            choice = engine.layers[0].experts.choice(self.here.device, train.compute_type(self.here.device.type), rows)
+            log.info("experts are computed by %s: %s", choice.how.value, choice.why)
 
     def _fit(self, trainer: Trainer, tokenizer: Tokenizer) -> int:
         try:
@@ -233,11 +241,6 @@ class _Run:
             data = TrainingData(config.data, tokenizer, train.sequence_tokens, sequences, train.seed, vocabulary)
             return tokenizer, data, ValidationData(config.data, tokenizer, train.sequence_tokens, vocabulary)
 
-    def _dtype(self) -> torch.dtype:
-        if self.config.train.dtype is DType.auto:
-            return torch.bfloat16 if self.here.device.type == "cuda" else torch.float32
-        return torch.bfloat16 if self.config.train.dtype is DType.bfloat16 else torch.float32
-
     def _tracker(self, extra: dict[str, Any] | None, shape: Architecture) -> Tracker | NullTracker:
         """Write the run folder's facts and open the tracker, on rank 0."""
         hosts: list[Any] = [None] * self.here.world
@@ -278,7 +281,7 @@ class _Run:
         return tracker
 
     def _meter(self, shape: Architecture) -> Meter:
-        peak = peak_flops_per_second(self.here.device, self._dtype())
+        peak = peak_flops_per_second(self.here.device, self.config.train.compute_type(self.here.device.type))
         return Meter(
             training_flops_per_token(shape, self.config.train.sequence_tokens),
             peak * self.here.world if peak is not None else None,

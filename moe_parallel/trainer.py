@@ -70,6 +70,12 @@ class TrainConfig:
         if self.micro_batch_sequences is not None and self.micro_batch_sequences < 1:
             raise ValueError(f"train.micro_batch_sequences={self.micro_batch_sequences} must be at least 1")
 
+    def compute_type(self, device_type: str) -> torch.dtype:
+        """What `dtype` means on a device."""
+        if self.dtype is DType.auto:
+            return torch.bfloat16 if device_type == "cuda" else torch.float32
+        return torch.bfloat16 if self.dtype is DType.bfloat16 else torch.float32
+
     @property
     def global_batch_sequences(self) -> int:
         """Sequences of one optimizer step."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from moe_data.batch import IGNORE, TokenBatch
 
@@ -57,3 +59,8 @@ def join_batches(batches: Sequence[TokenBatch]) -> TokenBatch:
         num_targets=sum(b.num_targets for b in batches),
         num_valid=sum(b.num_valid for b in batches),
     )
+
+
+def plain_loss_sum(logits_BSV: Tensor, batch: TokenBatch) -> Tensor:
+    """The loss by torch's own function, from all logits at once."""
+    return F.cross_entropy(logits_BSV.flatten(0, 1), batch.target_BS.flatten(), ignore_index=IGNORE, reduction="sum")

@@ -54,6 +54,8 @@ COMMAND_LINE: list[tuple[list[str], list[str]]] = [
     (["model.num_layers=0"], ["model.num_layers=0 must be at least 1"]),
     (["attention.num_kv_heads=3"], ["attention.num_heads=4", "attention.num_kv_heads=3"]),
     (["moe.num_experts=0"], ["moe.num_experts=0"]),
+    (["moe.expert_kernel=triton"], ["moe.expert_kernel=triton cannot run: ", "expert_kernel=auto takes what can"]),
+    (["moe.kernel_table=/nowhere.json"], ["/nowhere.json is no table of kernels as scripts/tune_kernels.py writes it"]),
     (["balance.global_coefficient=-1"], ["balance.global_coefficient=-1"]),
     (["parallel.ep=0"], ["parallel.ep=0"]),
     (["train.steps=0"], ["train.steps=0 must be at least 1"]),

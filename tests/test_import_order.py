@@ -24,6 +24,7 @@ FLOORS: dict[str, int] = {
     # Ranks: their axes, what they exchange, how they meet and leave.
     "moe_parallel.mesh": 1,
     "moe_parallel.collectives": 1,
+    "moe_parallel.row_exchange": 1,
     "moe_parallel.stop": 1,
     "moe_parallel.launch": 1,
     # What is chosen for a token, and the experts themselves.

@@ -114,6 +114,21 @@ def test_a_choice_wins_over_the_model(model: str) -> None:
             assert contains(config[group], chosen), path.stem
 
 
+def test_what_the_device_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: a run that builds its model and dies in its first step; a dry run on a laptop, which plans for
+    other machines, that is refused."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = composed("model=tiny", "attention.core=flex", "parallel.compile=blocks")
+    with pytest.raises(options.ConfigError) as raised:
+        options.check(config, 1, "cpu")
+    assert [problem.split(" ")[0] for problem in raised.value.problems] == [
+        "attention.core=flex",
+        "parallel.compile=blocks",
+    ]
+    options.check(config, 1)
+    options.check(composed("model=tiny"), 1, "cpu")
+
+
 def test_config_yaml_reads_back() -> None:
     """Would catch: a config.yaml in a run folder from which the run cannot be repeated."""
     for overrides in (("model=deepseek_v3",), ("model=tiny", "data=parquet", "optim=wsd")):
@@ -221,3 +236,21 @@ def test_dry_run(runner: Runner) -> None:
     wrong = runner.run("wrong", "dry_run=true", "tokenizer=file", "tokenizer.path=/nowhere.json", codes=2)
     assert "/nowhere.json" in wrong.err
     assert "Traceback" not in wrong.err
+
+
+def test_a_saved_configuration_of_an_older_version(tmp_path: Path) -> None:
+    """Would catch: a run that can no longer be resumed or read since its dispatcher got an option, `dispatch: {}` then;
+    an option that no kind has, taken for the nearest kind."""
+    config = composed("model=tiny")
+    saved = OmegaConf.create(options.config_yaml(config))
+    path = tmp_path / "config.yaml"
+    saved.dispatch = {}
+    path.write_text(OmegaConf.to_yaml(saved))
+    assert options.load_config(path) == config
+    saved.dispatch = {"capacity_factor": 2.0}
+    path.write_text(OmegaConf.to_yaml(saved))
+    assert type(options.load_config(path).dispatch).__name__ == "LeastLoadedConfig"
+    saved.dispatch = {"chunk": 2}
+    path.write_text(OmegaConf.to_yaml(saved))
+    with pytest.raises(options.ConfigError, match=r"no kind of dispatch has the options \['chunk'\]"):
+        options.load_config(path)

@@ -293,6 +293,6 @@ def refusal(how: ExpertKernel, problem: Problem) -> str | None:
         if dtype not in (torch.bfloat16, torch.float16) and not INTERPRETED:
             return f"its products are of bf16 or fp16, not {dtype}"
         step = 16 if INTERPRETED else 64
-        if dim % step or expert_dim % step:
-            return f"model.dim={dim} and moe.expert_dim={expert_dim} must be multiples of {step}"
+        if dim % step or expert_dim % 8:
+            return f"model.dim={dim} must be a multiple of {step} and moe.expert_dim={expert_dim} of 8"
     return None

@@ -94,6 +94,10 @@ def _grad_weight(
 ) -> None:
     tile = Tile.of(tile_sizes)
     num_experts, height, width = out_EAB.shape
+    if (left_TA if left_N is None else left_N).shape[0] == 0:  # nobody chose any: nothing to describe to a kernel
+        if not add:
+            out_EAB.zero_()
+        return
     specialize = tile.specialize and left_N is None and right_N is None
     if specialize:
         reserve_descriptors(out_EAB.device)

@@ -12,24 +12,6 @@ from torch import Tensor
 from moe_kernels.combine import combine
 
 
-def sort_slots(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Order the T*K slots by expert.
-
-    Args:
-        expert_TK: int64, expert of each slot. The value `num_experts` marks a slot that is not used; such slots
-            come last in the order and are not counted.
-    Returns:
-        order_N: int64 (T*K), flat slot index (token * K + k) of each place in expert order.
-        count_E: int64, slots per expert.
-    """
-    flat_N = expert_TK.reshape(-1)
-    # Stable, so that equal scores give equal rows in equal order from run to run.
-    order_N = flat_N.argsort(stable=True)
-    count = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat_N.device)
-    count.scatter_add_(0, flat_N, torch.ones_like(flat_N))
-    return order_N, count[:num_experts]
-
-
 def invert_permutation(order_N: Tensor) -> Tensor:
     """The place of each element: `invert_permutation(order)[order[i]] == i`."""
     inverse_N = torch.empty_like(order_N)

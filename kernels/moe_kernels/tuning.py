@@ -32,12 +32,12 @@ from moe_kernels.choice import (
     refusal,
 )
 from moe_kernels.combine import gather
+from moe_kernels.counting_sort import sort_slots
 from moe_kernels.expert_rows import expert_rows
 from moe_kernels.grad_hidden import grad_hidden
 from moe_kernels.grad_weight import grad_weight
 from moe_kernels.grouped import Groups
 from moe_kernels.moe_mlp import moe_mlp
-from moe_kernels.permute import invert_permutation, sort_slots
 from moe_kernels.triton_support import INTERPRETED, SPECIALIZES, triton
 from moe_kernels.up_projection import up_projection
 
@@ -72,7 +72,7 @@ class Operands:
             return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
         score_TE = torch.rand(tokens, problem.num_experts, generator=generator, device=device)
-        order_N, count_E = sort_slots(score_TE.topk(top_k, dim=-1).indices, problem.num_experts)
+        order_N, count_E, place_N = sort_slots(score_TE.topk(top_k, dim=-1).indices, problem.num_experts)
         dim, hidden = problem.dim, problem.expert_dim
         return Operands(
             x_TD=normal(tokens, dim),
@@ -81,7 +81,7 @@ class Operands:
             grad_TD=normal(tokens, dim),
             weight_N=torch.rand(tokens * top_k, generator=generator, device=device),
             token_N=(order_N // top_k).int(),
-            slot_TK=invert_permutation(order_N).view(tokens, top_k).int(),
+            slot_TK=place_N.view(tokens, top_k).int(),
             count_E=count_E,
             end_E=count_E.cumsum(0, dtype=torch.int32),
         )

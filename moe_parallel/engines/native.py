@@ -7,6 +7,7 @@ global batch that are known before forward; everything after that is reduced by 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -18,13 +19,14 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from moe_data.batch import TokenBatch
 from moe_parallel.collectives import gather_over, sum_over
-from moe_parallel.mesh import ParallelConfig, ParallelMesh, Recompute
+from moe_parallel.mesh import Compile, ParallelConfig, ParallelMesh, Recompute
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.initialize import InitConfig, init_weights
 from moe_parallel.model.transformer import Output, Transformer
 from moe_parallel.moe.balance import GlobalEstimator
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig, AllToAllDispatcher
 from moe_parallel.moe.dispatch.config import DispatchConfig
+from moe_parallel.moe.dispatch.deepep import DeepEPConfig, DeepEPDispatcher
 from moe_parallel.moe.dispatch.least_loaded import LeastLoadedConfig, LeastLoadedDispatcher
 from moe_parallel.moe.dispatch.two_hop import TwoHopConfig, TwoHopDispatcher, node_size
 from moe_parallel.moe.experts import local_tensor
@@ -47,8 +49,8 @@ def parallelize(
 ) -> Transformer:
     """Turn a model (best built on the meta device) into this rank's part of it.
 
-    Order matters: experts are split before FSDP shards what is left of them, recompute is set on blocks before FSDP
-    wraps their hooks around it, and FSDP comes last because it must own the final parameters.
+    Order matters: experts are split before FSDP shards what is left of them, recompute and compilation are set on
+    blocks before FSDP wraps its hooks around them, and FSDP comes last because it must own the final parameters.
 
     Args:
         dtype: compute type; weights, gradient reductions and the router stay in the type of the parameters.
@@ -60,6 +62,10 @@ def parallelize(
     if config.recompute is not Recompute.none:
         set_recompute(model, config.recompute)
         log.info("recompute: %s", config.recompute.value)
+    if config.compile is Compile.blocks:
+        for block in model.blocks:
+            block.compile_around_attention()
+        log.info("compile: %s", config.compile.value)
     if layout.ranks > 1 or dtype != next(model.parameters()).dtype:
         shard_weights(model, mesh, config, dtype)
         log.info(
@@ -91,7 +97,10 @@ def make_dispatcher(config: DispatchConfig, mesh: ParallelMesh) -> Dispatcher:
         return TwoHopDispatcher(*mesh.node_groups(node_size(config, mesh.layout.ep)))
     if isinstance(config, LeastLoadedConfig):
         return LeastLoadedDispatcher(mesh.ep.get_group(), config)
-    return AllToAllDispatcher(mesh.ep.get_group())
+    if isinstance(config, DeepEPConfig):
+        return DeepEPDispatcher(mesh.ep.get_group(), config)
+    assert isinstance(config, AllToAllConfig)
+    return AllToAllDispatcher(mesh.ep.get_group(), config.chunks)
 
 
 def set_recompute(model: Transformer, how: Recompute) -> None:
@@ -122,6 +131,8 @@ def shard_weights(model: Transformer, mesh: ParallelMesh, config: ParallelConfig
                     shard_placement_fn=_expert_placement(mesh.layout.expert_shard),
                 )
         fully_shard(block, mesh=mesh.dense, reshard_after_forward=reshard, mp_policy=policy)
+    # A block's last operation works on tokens and adds the stream, so its output is a view. Nothing writes into it.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     fully_shard(model, mesh=mesh.dense, reshard_after_forward=reshard, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -344,7 +355,8 @@ class NativeEngine:
 
         handles = [m.register_forward_hook(watch(n)) for n, m in self.model.named_modules() if n]
         try:
-            self.model(batch, self.evaluation_context(), Output.loss)
+            with torch.compiler.set_stance("force_eager"):  # hooks see no module inside of a compiled graph
+                self.model(batch, self.evaluation_context(), Output.loss)
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,111 +1,37 @@
-"""Causal attention that never crosses a document: the core, and grouped-query attention.
-
-In names of this folder, d stands for the width of one head.
-"""
+"""Options of attention, what its layers have in common, and grouped-query attention."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import field
 from enum import Enum
-from itertools import accumulate
 
-import torch
-import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from moe_data.batch import TokenBatch
+from moe_parallel.model.core import AttentionCore, attend, document_mask
 from moe_parallel.model.rope import RopeConfig, Rotary, rotate_halves
 
 
-class AttentionCore(str, Enum):
-    auto = "auto"
-    """per_document on a CPU, masked on an accelerator."""
-    per_document = "per_document"
-    """One causal kernel a document: no work across documents, one launch each."""
-    masked = "masked"
-    """One kernel with a document mask: one launch, work across documents is done and thrown away."""
+@dataclasses.dataclass(frozen=True)
+class AttentionPlan:
+    """What the attention of all layers has in common in one forward pass: made once, and not by each layer.
 
-
-def attend(
-    q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, batch: TokenBatch, scale: float, core: AttentionCore
-) -> Tensor:
-    """Causal softmax attention within each document.
-
-    Args:
-        q_BHSd, k_BHSd, v_BHSd: keys and values may have fewer heads, and values another width.
-        batch: its documents. Padding attends to padding only, so that its rows are finite.
-        scale: factor on the products of queries and keys.
-    Returns:
-        (B, H, S, width of the values).
+    Not a tuple on purpose: FSDP casts tensors in tuples of arguments to the compute type, and positions need float32.
     """
-    value_dim = v_BHSd.shape[-1]
-    if value_dim != q_BHSd.shape[-1] and q_BHSd.device.type == "cpu":
-        # The fast kernel of CPUs takes one width only; zeros change neither products nor the columns that are kept.
-        width = max(q_BHSd.shape[-1], value_dim)
-        q_BHSd, k_BHSd, v_BHSd = (F.pad(x, (0, width - x.shape[-1])) for x in (q_BHSd, k_BHSd, v_BHSd))
-    return _attend(q_BHSd, k_BHSd, v_BHSd, batch, scale, core)[..., :value_dim]
+
+    rotation: tuple[Tensor, Tensor]
+    """Cosines and sines of the positions, float32 (B, S, rotated width / 2)."""
+    document_lengths: tuple[tuple[int, ...], ...]
+    mask: Tensor | BlockMask | None
+    """See `document_mask`."""
 
 
-def _attend(
-    q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, batch: TokenBatch, scale: float, core: AttentionCore
-) -> Tensor:
-    if all(len(spans) == 1 for spans in batch.document_lengths):
-        return _causal(q_BHSd, k_BHSd, v_BHSd, scale)
-    if core is AttentionCore.auto:
-        core = AttentionCore.per_document if q_BHSd.device.type == "cpu" else AttentionCore.masked
-    if core is AttentionCore.per_document:
-        return _attend_per_document(q_BHSd, k_BHSd, v_BHSd, batch.document_lengths, scale)
-    return _attend_masked(q_BHSd, k_BHSd, v_BHSd, batch.document_lengths, scale)
-
-
-def _causal(q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, scale: float) -> Tensor:
-    grouped = q_BHSd.shape[1] != k_BHSd.shape[1]
-    return F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, is_causal=True, scale=scale, enable_gqa=grouped)
-
-
-def _attend_per_document(
-    q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, lengths: tuple[tuple[int, ...], ...], scale: float
-) -> Tensor:
-    inputs = (q_BHSd, k_BHSd, v_BHSd)
-    rows: dict[int, Tensor] = {}
-    # Most rows of long documents are one span: they share one call.
-    whole = [row for row, spans in enumerate(lengths) if len(spans) == 1]
-    if whole:
-        index = torch.tensor(whole, device=q_BHSd.device)
-        q, k, v = (x.index_select(0, index) for x in inputs)
-        rows.update(zip(whole, _causal(q, k, v, scale).split(1)))
-    for row, spans in enumerate(lengths):
-        if row not in rows:
-            pieces = zip(*(x[row : row + 1].split(spans, dim=2) for x in inputs))
-            rows[row] = torch.cat([_causal(q, k, v, scale) for q, k, v in pieces], dim=2)
-    return torch.cat([rows[row] for row in range(len(lengths))])
-
-
-def _attend_masked(
-    q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, lengths: tuple[tuple[int, ...], ...], scale: float
-) -> Tensor:
-    # The kernels that take a mask know no grouped heads: without the copies the slow reference would run.
-    groups = q_BHSd.shape[1] // k_BHSd.shape[1]
-    if groups > 1:
-        k_BHSd = k_BHSd.repeat_interleave(groups, dim=1)
-        v_BHSd = v_BHSd.repeat_interleave(groups, dim=1)
-    span_BS = _span_index(lengths, q_BHSd.shape[2], q_BHSd.device)
-    same_BSS = span_BS.unsqueeze(2) == span_BS.unsqueeze(1)
-    return F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, attn_mask=same_BSS.tril_().unsqueeze(1), scale=scale)
-
-
-def _span_index(lengths: tuple[tuple[int, ...], ...], num_tokens: int, device: torch.device) -> Tensor:
-    """Index of each token's attention span within its sequence, int64 (B, S).
-
-    Not document_BS: if boundaries are not kept, a span holds several documents. Only the ends of the spans are
-    copied to the device.
-    """
-    most = max(len(spans) for spans in lengths)
-    ends = [[*accumulate(spans), *[num_tokens] * (most - len(spans))] for spans in lengths]
-    end_BM = torch.tensor(ends).to(device, non_blocking=True)
-    offset_BS = torch.arange(num_tokens, device=device).expand(len(lengths), -1).contiguous()
-    return torch.searchsorted(end_BM, offset_BS, right=True)
+def plan_attention(batch: TokenBatch, rotary: Rotary, core: AttentionCore) -> AttentionPlan:
+    """Work out what depends on the batch and on no weight."""
+    return AttentionPlan(rotary(batch.position_BS), batch.document_lengths, document_mask(batch, core))
 
 
 class QKNorm(str, Enum):
@@ -187,14 +113,21 @@ class GroupedQueryAttention(nn.Module):
             self.key_norm = nn.RMSNorm(self.head_dim if per_head else key_dim, eps=norm_epsilon)
         self.rotary = Rotary(config.rope, self.head_dim)
 
-    def forward(self, x_BSD: Tensor, batch: TokenBatch) -> Tensor:
+    def plan(self, batch: TokenBatch) -> AttentionPlan:
+        """For this layer and all of the same options."""
+        return plan_attention(batch, self.rotary, self.config.core)
+
+    def forward(self, x_BSD: Tensor, plan: AttentionPlan) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        rotation = self.rotary(batch.position_BS)
+        q_BHSd, k_BHSd, v_BHSd = self.project(x_BSD, plan.rotation)
+        out_BHSd = attend(q_BHSd, k_BHSd, v_BHSd, plan.document_lengths, plan.mask, self.head_dim**-0.5)
+        return self.output(out_BHSd.transpose(1, 2).flatten(2))
+
+    def project(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, H, S, d) each, rotated."""
         q_BHSd = rotate_halves(self._heads(self.query(x_BSD), self.query_norm), rotation)
         k_BHSd = rotate_halves(self._heads(self.key(x_BSD), self.key_norm), rotation)
-        v_BHSd = self._heads(self.value(x_BSD), None)
-        out_BHSd = attend(q_BHSd, k_BHSd, v_BHSd, batch, self.head_dim**-0.5, self.config.core)
-        return self.output(out_BHSd.transpose(1, 2).flatten(2))
+        return q_BHSd, k_BHSd, self._heads(self.value(x_BSD), None)
 
     def _heads(self, x_BSD: Tensor, norm: nn.RMSNorm | None) -> Tensor:
         if norm is not None and self.config.qk_norm is QKNorm.full:

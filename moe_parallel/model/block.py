@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_data.batch import TokenBatch
 from moe_parallel.model.architecture import Architecture
-from moe_parallel.model.attention import GroupedQueryAttention, GroupedQueryConfig
+from moe_parallel.model.attention import AttentionPlan, GroupedQueryAttention, GroupedQueryConfig
 from moe_parallel.model.latent_attention import LatentAttention, LatentConfig
 from moe_parallel.moe.chain import ChainBlock, Renormalize, Residual
 from moe_parallel.moe.experts import SwiGLU
@@ -52,17 +52,20 @@ class Block(nn.Module):
                 for _ in range(chain.iterations - 1):
                     self.later_norms.append(nn.RMSNorm(model.dim, eps=model.norm_epsilon))
 
-    def forward(self, x_BSD: Tensor, batch: TokenBatch, context: ForwardContext) -> tuple[Tensor, list[LayerStats]]:
+    def forward(
+        self, x_BSD: Tensor, batch: TokenBatch, plan: AttentionPlan, context: ForwardContext
+    ) -> tuple[Tensor, list[LayerStats]]:
         """(B, S, D) -> (B, S, D), and the statistics of each pass of a mixture-of-experts layer."""
         if not (self.recompute and torch.is_grad_enabled()):
-            return self._forward(x_BSD, batch, context)
+            return self._forward(x_BSD, batch, plan, context)
         # The second run takes the experts of the first from the replay: it must not choose again.
         replaying = replace(context, replay=Replay())
-        return checkpoint(self._forward, x_BSD, batch, replaying, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(self._forward, x_BSD, batch, plan, replaying, use_reentrant=False, preserve_rng_state=False)
 
-    def _forward(self, x_BSD: Tensor, batch: TokenBatch, context: ForwardContext) -> tuple[Tensor, list[LayerStats]]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), batch)
-        hidden_BSD = self.ffn_norm(x_BSD)
+    def _forward(
+        self, x_BSD: Tensor, batch: TokenBatch, plan: AttentionPlan, context: ForwardContext
+    ) -> tuple[Tensor, list[LayerStats]]:
+        x_BSD, hidden_BSD = self.add(x_BSD, self.attention(self.enter(x_BSD), plan))
         if isinstance(self.ffn, SwiGLU):
             return x_BSD + self.ffn(hidden_BSD), []
         stream_BSD = hidden_BSD if self.ffn.config.chain.block is ChainBlock.reference else x_BSD
@@ -70,6 +73,24 @@ class Block(nn.Module):
         layer_context, renormalize = context.for_layer(self.layer, batch), self._renormalize(stream_TD)
         out_TD, stats = self.ffn(hidden_TD, layer_context, renormalize, stream_TD)
         return out_TD.view_as(x_BSD), stats
+
+    def enter(self, x_BSD: Tensor) -> Tensor:
+        """What attention sees of the stream."""
+        return self.attention_norm(x_BSD)
+
+    def add(self, x_BSD: Tensor, change_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream after attention, and what the feed-forward network sees of it."""
+        x_BSD = x_BSD + change_BSD
+        return x_BSD, self.ffn_norm(x_BSD)
+
+    def compile_around_attention(self) -> None:
+        """Fuse what surrounds the attention kernel: norms, projections, rotation, residual sum.
+
+        Methods and not modules: hooks of FSDP and of recompute stay outside, and the kernel, whose documents differ
+        from batch to batch, is no part of a graph. All layers share the compiled graphs.
+        """
+        for owner, name in ((self, "enter"), (self.attention, "project"), (self, "add")):
+            setattr(owner, name, torch.compile(getattr(owner, name)))
 
     def _renormalize(self, stream_TD: Tensor) -> Callable[[int, Tensor], Tensor] | None:
         """What a later iteration of a chain of experts sees, from the sum of the outputs before it."""

@@ -1,9 +1,9 @@
-"""Sizes and costs of a model from its options alone: parameters, FLOPs, memory. No modules, no torch.
+"""Sizes and costs of a model from its options alone: parameters, FLOPs, memory. Nothing is built.
 
 Conventions. Active parameters are those that one token uses: everything dense, with embedding and head, the shared
 experts and its routed ones, as published counts of DeepSeekMoE, OLMoE, Qwen3 and Mixtral have it. Chained experts are
 used, and counted in FLOPs, once in each iteration. A multiply-add is 2 FLOPs. Backward costs twice forward.
-Recomputation is not counted.
+Recomputation is not counted, nor is the second computation of the head's logits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from moe_parallel.mesh import Recompute
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.attention import GroupedQueryConfig, QKNorm
 from moe_parallel.model.latent_attention import LatentConfig
+from moe_parallel.model.loss import slice_words
 from moe_parallel.moe.chain import Renormalize
 
 
@@ -155,10 +156,14 @@ class MemoryEstimate:
     gathered: int
     """Whole weights of two layers, the one computed and the one prefetched, and of embedding and head."""
     activations: int
+    """What autograd keeps of a micro-batch."""
+    temporary: int
+    """The most that exists beside all that for a moment: a slice of logits with what is made of it, or the gradients of
+    activations within one feed-forward layer."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations + self.temporary
 
 
 def memory_per_rank(
@@ -171,7 +176,7 @@ def memory_per_rank(
     recompute: Recompute = Recompute.none,
     size: Bytes | None = None,
 ) -> MemoryEstimate:
-    """Estimate of the peak on one rank, at the end of a forward pass.
+    """Estimate of the peak on one rank, early in a backward pass.
 
     Weights, gradients and optimizer state are exact but for uneven shards. Activations are what autograd keeps, by
     counting (see `_layer_activations`); routing is taken to be balanced. Allocator slack, buffers of collectives and
@@ -197,24 +202,39 @@ def memory_per_rank(
         gradients=held * size.gradient,
         optimizer=held * size.optimizer,
         gathered=gathered,
-        activations=_activation_bytes(architecture, micro_batch_tokens, recompute, size.compute),
+        activations=_activation_bytes(architecture, micro_batch_tokens, recompute, size.compute, ep),
+        temporary=_temporary_bytes(architecture, micro_batch_tokens, size.compute),
     )
 
 
-def _activation_bytes(architecture: Architecture, tokens: int, recompute: Recompute, compute: int) -> int:
-    model = architecture.model
-    dense_layer = _layer_activations(architecture, False, recompute, compute)
-    moe_layer = _layer_activations(architecture, True, recompute, compute)
+def _temporary_bytes(architecture: Architecture, tokens: int, compute: int) -> int:
+    model, moe, vocabulary = architecture.model, architecture.moe, architecture.vocab_size
+    words = slice_words(tokens, vocabulary)
+    logits = words * (8 + (0 if words == vocabulary else compute))  # two float32 copies; one slice alone is kept
+    head = tokens * (logits + 4 * model.dim) + vocabulary * model.dim * compute  # and both gradients
+    hidden = 3 * model.ffn_dim * min(1, model.first_dense_layers)  # gradients of the pre-activation and after it
+    if architecture.num_moe_layers:
+        hidden = max(hidden, architecture.router.top_k * (3 * moe.expert_dim + model.dim))
+    return max(head, tokens * hidden * compute)
+
+
+def _activation_bytes(architecture: Architecture, tokens: int, recompute: Recompute, compute: int, ep: int) -> int:
+    model, attention = architecture.model, architecture.attention
+    dense_layer = _layer_activations(architecture, False, recompute, compute, ep)
+    moe_layer = _layer_activations(architecture, True, recompute, compute, ep)
     layers = model.first_dense_layers * dense_layer + architecture.num_moe_layers * moe_layer
     if recompute is Recompute.full:
         worst = moe_layer if architecture.num_moe_layers else dense_layer
         layers = model.num_layers * model.dim * compute + worst
-    logits = 2 * architecture.vocab_size * compute  # and their gradient
-    final_norm = 2 * model.dim * compute
-    return tokens * (layers + logits + final_norm)
+    head = 2 * model.dim * compute + 4  # input and output of the last norm; log-sum-exp
+    if slice_words(tokens, architecture.vocab_size) == architecture.vocab_size:
+        head += architecture.vocab_size * compute
+    rotated_dim = attention.rope_head_dim if isinstance(attention, LatentConfig) else _head_widths(architecture)[0]
+    rotation = 4 * rotated_dim  # all layers use the same
+    return tokens * (layers + rotation + head)
 
 
-def _layer_activations(architecture: Architecture, is_moe: bool, recompute: Recompute, compute: int) -> int:
+def _layer_activations(architecture: Architecture, is_moe: bool, recompute: Recompute, compute: int, ep: int) -> int:
     """Bytes a token that one layer keeps for its backward pass, when nothing of it is computed again."""
     model, moe, attention = architecture.model, architecture.moe, architecture.attention
     query_dim, value_dim = _head_widths(architecture)
@@ -225,13 +245,11 @@ def _layer_activations(architecture: Architecture, is_moe: bool, recompute: Reco
         elements += 2 * heads * query_dim  # queries and keys
         elements += heads * (attention.nope_head_dim + value_dim)  # values lie in what they were expanded with
         elements += 2 * attention.kv_rank + attention.rope_head_dim + 2 * (attention.q_rank or 0)
-        float32 += 2 * attention.rope_head_dim
     else:
         assert isinstance(attention, GroupedQueryConfig)
         elements += (heads + 2 * attention.key_heads) * query_dim
         if attention.qk_norm is not QKNorm.none:
             elements += (heads + attention.key_heads) * query_dim
-        float32 += 2 * query_dim
     elements += heads * value_dim  # output of the core
     float32 += heads  # log-sum-exp of the core
     if not is_moe:
@@ -240,7 +258,8 @@ def _layer_activations(architecture: Architecture, is_moe: bool, recompute: Reco
     shared_runs = iterations if moe.chain.shared_every_iteration else 1
     elements += shared_runs * (4 * moe.num_shared_experts * moe.expert_dim + model.dim * moe.shared_expert_gate)
     taken = architecture.router.top_k * iterations
-    elements += taken * 2 * model.dim  # rows before and after the experts
+    if ep > 1:
+        elements += taken * 2 * model.dim  # rows that came and rows that came back
     if recompute is not Recompute.selective:
         elements += taken * 2 * moe.expert_dim
     elements += (iterations - 1) * model.dim  # what later iterations see

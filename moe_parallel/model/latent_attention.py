@@ -7,7 +7,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from moe_data.batch import TokenBatch
-from moe_parallel.model.attention import AttentionConfig, attend
+from moe_parallel.model.attention import AttentionConfig, AttentionPlan, plan_attention
+from moe_parallel.model.core import attend
 from moe_parallel.model.rope import Rotary, latent_softmax_factor, rotate_pairs
 
 
@@ -64,13 +65,19 @@ class LatentAttention(nn.Module):
         self.rotary = Rotary(config.rope, config.rope_head_dim)
         self.scale = config.query_head_dim**-0.5 * latent_softmax_factor(config.rope)
 
-    def forward(self, x_BSD: Tensor, batch: TokenBatch) -> Tensor:
+    def plan(self, batch: TokenBatch) -> AttentionPlan:
+        """For this layer and all of the same options."""
+        return plan_attention(batch, self.rotary, self.config.core)
+
+    def forward(self, x_BSD: Tensor, plan: AttentionPlan) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        rotation = self.rotary(batch.position_BS)
-        q_BHSd = self._queries(x_BSD, rotation)
-        k_BHSd, v_BHSd = self._keys_values(x_BSD, rotation)
-        out_BHSd = attend(q_BHSd, k_BHSd, v_BHSd, batch, self.scale, self.config.core)
+        q_BHSd, k_BHSd, v_BHSd = self.project(x_BSD, plan.rotation)
+        out_BHSd = attend(q_BHSd, k_BHSd, v_BHSd, plan.document_lengths, plan.mask, self.scale)
         return self.output(out_BHSd.transpose(1, 2).flatten(2))
+
+    def project(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, H, S, d) each, their parts with positions rotated."""
+        return self._queries(x_BSD, rotation), *self._keys_values(x_BSD, rotation)
 
     def _queries(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         config = self.config

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from moe_kernels.choice import ExpertKernel
+from moe_kernels.choice import Entry, ExpertKernel, Problem, read_table, refusal
 from moe_parallel.moe.balance import BalanceConfig, balance_terms, selection_counts, z_loss_sum
 from moe_parallel.moe.capacity import DropOrder, expert_capacity, keep_within_capacity
 from moe_parallel.moe.chain import ChainConfig, Residual
@@ -37,7 +38,9 @@ class MoEConfig:
     renormalize_after_drop: bool = False
     """Scale the weights of a token's kept slots up to the sum they had before the drop."""
     expert_kernel: ExpertKernel = ExpertKernel.auto
-    """What computes the experts: auto takes the table of measured shapes; triton, grouped_mm or loop insist."""
+    """What computes the experts: auto takes the fastest that was measured for the shape; the others insist."""
+    kernel_table: str | None = None
+    """File of measured shapes that scripts/tune_kernels.py wrote; null takes the shipped ones."""
     chain: ChainConfig = dataclasses.field(default_factory=ChainConfig)
 
     def __post_init__(self) -> None:
@@ -52,14 +55,34 @@ class MoEConfig:
             raise ValueError(f"moe.capacity_factor={self.capacity_factor} must be positive; null drops nothing")
         if self.renormalize_after_drop and self.capacity_factor is None:
             raise ValueError("moe.renormalize_after_drop=true needs moe.capacity_factor: without it nothing is dropped")
+        self.measured_shapes()
+
+    def measured_shapes(self) -> tuple[Entry, ...] | None:
+        """What `kernel_table` holds; None for the shipped tables. Raises ValueError for a file that is none."""
+        return None if self.kernel_table is None else read_table(Path(self.kernel_table))
+
+    def check_kernel(self, device_type: str, dtype: torch.dtype, dim: int) -> None:
+        """Raises ValueError where `expert_kernel` cannot run on this device, in this type."""
+        problem = Problem(torch.device(device_type), dtype, dim, self.expert_dim, self.num_experts, self.num_experts)
+        why = refusal(self.expert_kernel, problem)
+        if why is not None:
+            raise ValueError(
+                f"moe.expert_kernel={self.expert_kernel.value} cannot run: {why}; moe.expert_kernel=auto takes what can"
+            )
 
 
 class Dispatcher(Protocol):
-    """Moves rows to experts and back. Holds no parameters; the ticket ties one `combine` to one `dispatch`."""
+    """Moves rows to experts and back. Holds no parameters; the ticket ties one `combine` to one `dispatch`.
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, Any]: ...
+    `dispatch` only starts the journey: each of the ticket's parts waits for its rows and sends results back, and
+    `combine` waits for those. What is computed between two calls, here and in autograd, hides the exchange.
+    """
 
-    def combine(self, rows_RD: Tensor, routing: Routing, ticket: Any, added: Sequence[Tensor] = ()) -> Tensor: ...
+    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[list[Tensor], Any]: ...
+
+    def combine(
+        self, rows: Sequence[Tensor], routing: Routing, ticket: Any, added: Sequence[Tensor] = ()
+    ) -> Tensor: ...
 
 
 class MoELayer(nn.Module):
@@ -80,7 +103,7 @@ class MoELayer(nn.Module):
         self.enter, self.leave = nn.Identity(), nn.Identity()
         """First and last thing to run: with the experts between them they are one FSDP group, whose weights are
         gathered once and whose gradients are reduced once, however often the experts run."""
-        self.experts = RoutedExperts(moe.num_experts, dim, moe.expert_dim, moe.expert_kernel)
+        self.experts = RoutedExperts(moe.num_experts, dim, moe.expert_dim, moe.expert_kernel, moe.measured_shapes())
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.shared: SwiGLU | None = None
         self.shared_gate: nn.Linear | None = None
@@ -141,14 +164,31 @@ class MoELayer(nn.Module):
     def _pass(
         self, x_TD: Tensor, router: Router, context: LayerContext, stream_TD: Tensor | None = None
     ) -> tuple[Tensor, LayerStats]:
-        """Route, exchange, compute, bring back: (T, D) -> (T, D), `stream_TD` added."""
+        """Route, exchange, compute, bring back: (T, D) -> (T, D), `stream_TD` added.
+
+        The shared experts' first two products run while rows travel to the experts, the last while results travel back.
+        With a way of length w and shared experts that take s, min(2s/3, w) + min(s/3, w) is hidden: all of s where
+        either way alone would hide it, and more than either where it would not.
+        """
         routing, stats = self.route(x_TD, router, context)
-        rows_RD, ticket = self.dispatcher.dispatch(x_TD, routing, context)
-        added = [] if stream_TD is None else [stream_TD]
+        rows, ticket = self.dispatcher.dispatch(x_TD, routing, context)
+        hidden_TF = None
         if self.shared is not None and (context.iteration == 0 or self.config.chain.shared_every_iteration):
-            added.insert(0, self._shared_output(x_TD))
-        rows_RD = self.experts(rows_RD, ticket, added if ticket.sums_here else ())
-        return self.dispatcher.combine(rows_RD, routing, ticket, () if ticket.sums_here else added), stats
+            hidden_TF = self.shared.hidden(x_TD)
+        if ticket.sums_here:
+            rows = self.experts(rows, ticket, self._added(x_TD, hidden_TF, stream_TD))
+            return self.dispatcher.combine(rows, routing, ticket), stats
+        rows = self.experts(rows, ticket)
+        return self.dispatcher.combine(rows, routing, ticket, self._added(x_TD, hidden_TF, stream_TD)), stats
+
+    def _added(self, x_TD: Tensor, hidden_TF: Tensor | None, stream_TD: Tensor | None) -> list[Tensor]:
+        """What is added to the routed experts' result: the shared experts', from their hidden state, and the stream."""
+        added = [] if stream_TD is None else [stream_TD]
+        if hidden_TF is not None:
+            assert self.shared is not None
+            out_TD = self.shared.down(hidden_TF)
+            added.insert(0, out_TD if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_TD)) * out_TD)
+        return added
 
     def route(self, x_TD: Tensor, router: Router, context: LayerContext) -> tuple[Routing, LayerStats]:
         """Score, select, weigh, drop, count."""
@@ -213,8 +253,3 @@ class MoELayer(nn.Module):
             used_frequency_E=terms.used_share_E,
             observed_E=routed.observed_E,
         )
-
-    def _shared_output(self, x_TD: Tensor) -> Tensor:
-        assert self.shared is not None
-        out_TD = self.shared(x_TD)
-        return out_TD if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_TD)) * out_TD

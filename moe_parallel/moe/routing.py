@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from moe_data.batch import TokenBatch
+from moe_kernels.counting_sort import sort_slots
 from moe_kernels.hashing import hash_key, hashed_uniform
-from moe_kernels.permute import invert_permutation, sort_slots
+from moe_kernels.permute import invert_permutation
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class Choice:
     """No slot is unused."""
     uniform_count: int | None = None
     """Slots per expert when the host knows that all are equal."""
+    fused: bool = False
+    """Slots are sorted by Triton kernels, where they can run."""
+    tile_count: Tensor | None = None
+    """What the kernel that chose has counted for them; see `sort_slots`."""
 
     def token_of(self, slot: Tensor) -> Tensor:
         """The token of each flat slot index."""
@@ -45,7 +50,7 @@ class Choice:
 
     def only(self, keep: Tensor, num_experts: int) -> Choice:
         """The same slots without those where `keep`, in the shape of `expert`, is False."""
-        return Choice(torch.where(keep, self.expert, num_experts), self.token_N, is_full=False)
+        return Choice(torch.where(keep, self.expert, num_experts), self.token_N, is_full=False, fused=self.fused)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Routing:
     """int64: places of each token's slots when every token has exactly K of them (static shapes), else None."""
     uniform_count: int | None = None
     """Slots per expert when the host knows that all are equal: no size exchange, no wait for the device."""
+    most_of_token: int | None = None
+    """Slots that a token has at most, where the host knows it; the same on all ranks."""
 
     @staticmethod
     def of(choice: Choice, weight: Tensor, num_experts: int) -> Routing:
@@ -74,24 +81,36 @@ class Routing:
         Args:
             weight: combine weights, in the shape of `choice.expert`.
         """
-        order_N, count_E = sort_slots(choice.expert, num_experts)
+        order_N, count_E, place_N = sort_slots(choice.expert, num_experts, choice.fused, choice.tile_count)
         if not choice.is_full:
             order_N = order_N[: int(count_E.sum())]  # one wait for the device: the number of rows is data here
         slot_TK = None
         if choice.token_N is None and choice.is_full:  # every token has K slots: shapes are static
-            slot_TK = invert_permutation(order_N).view_as(choice.expert)
+            slot_TK = place_N.view_as(choice.expert)
         return Routing(
             token_N=choice.token_of(order_N),
             weight_N=weight.reshape(-1)[order_N],
             count_E=count_E,
             slot_TK=slot_TK,
             uniform_count=choice.uniform_count,
+            most_of_token=choice.expert.shape[1] if choice.token_N is None else None,
         )
 
     @staticmethod
     def of_rows(order_R: Tensor, count_L: Tensor) -> Routing:
         """One slot a row: place r of the experts' order is filled by row `order_R[r]`."""
         return Routing(order_R, None, count_L, slot_TK=invert_permutation(order_R).unsqueeze(1))
+
+    def reordered(self, order_N: Tensor | None, inverse_N: Tensor | None) -> Routing:
+        """The same slots in another order, for rows that travel in it: no longer sorted by expert. None keeps it."""
+        if order_N is None or inverse_N is None:
+            return self
+        return replace(
+            self,
+            token_N=self.token_N[order_N],
+            weight_N=self.weights()[order_N],
+            slot_TK=None if self.slot_TK is None else inverse_N[self.slot_TK],
+        )
 
     def weights(self) -> Tensor:
         """Combine weights, of a routing that has them."""

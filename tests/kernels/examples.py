@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_kernels.permute import invert_permutation, sort_slots
+from moe_kernels.counting_sort import sort_slots
+from moe_kernels.permute import invert_permutation
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ def operands(
         expert_TK = score_TE.topk(top_k, dim=-1).indices
         if kind == "dropped slots":
             expert_TK[torch.rand(tokens, top_k, generator=g) < 0.4] = experts
-        order_N, count_E = sort_slots(expert_TK, experts)
+        order_N, count_E, place_N = sort_slots(expert_TK, experts)
         order_N = order_N[: int(count_E.sum())]
         token_N = order_N // top_k
         if kind != "dropped slots":
-            slot_TK = invert_permutation(order_N).view(tokens, top_k)
+            slot_TK = place_N.view(tokens, top_k)
     return Operands(
         x_TD=draw(tokens, dim),
         gate_up=draw(experts, 2 * hidden, dim) * dim**-0.5,

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_kernels.permute import chunk_order, combine_rows, gather_rows, invert_permutation, sort_slots
+from moe_kernels.counting_sort import sort_slots
+from moe_kernels.permute import chunk_order, combine_rows, gather_rows
 
 
 def _choice(num_tokens, top_k, num_experts, seed):
@@ -21,16 +22,17 @@ def test_sort_is_stable_and_counts(size):
     """An unstable sort changes the order of a sum from run to run; a wrong count sends rows to the wrong expert."""
     num_tokens, top_k, num_experts, seed = size
     expert_TK = _choice(num_tokens, top_k, num_experts, seed)
-    order_N, count_E = sort_slots(expert_TK, num_experts)
+    order_N, count_E, place_N = sort_slots(expert_TK, num_experts)
     flat = expert_TK.flatten().tolist()
     wanted = [slot for e in range(num_experts) for slot in range(len(flat)) if flat[slot] == e]
     assert order_N.tolist() == wanted
     assert count_E.tolist() == [flat.count(e) for e in range(num_experts)]
+    assert [wanted[place] for place in place_N.tolist()] == list(range(len(flat)))
 
 
 def test_unused_slots_come_last_and_are_not_counted():
     """A dropped slot that is counted would shift every later expert's rows by one."""
-    order_N, count_E = sort_slots(torch.tensor([[0, 2], [2, 1]]), 2)
+    order_N, count_E, _ = sort_slots(torch.tensor([[0, 2], [2, 1]]), 2)
     assert count_E.tolist() == [1, 1]
     assert order_N[:2].tolist() == [0, 3]
 
@@ -44,9 +46,9 @@ def test_gather_and_combine_equal_loops(size, static):
     num_tokens, top_k, num_experts, seed = size
     g = torch.Generator().manual_seed(seed)
     expert_TK = _choice(num_tokens, top_k, num_experts, seed)
-    order_N, _ = sort_slots(expert_TK, num_experts)
+    order_N, _, place_N = sort_slots(expert_TK, num_experts)
     token_N = order_N // top_k
-    slot_TK = invert_permutation(order_N).view(num_tokens, top_k) if static else None
+    slot_TK = place_N.view(num_tokens, top_k) if static else None
     x_TD = torch.randn(num_tokens, 5, generator=g, dtype=torch.float64, requires_grad=True)
     weight_N = torch.rand(token_N.numel(), generator=g, dtype=torch.float64, requires_grad=True)
     grad_TD = torch.randn(num_tokens, 5, generator=g, dtype=torch.float64)

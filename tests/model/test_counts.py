@@ -21,8 +21,7 @@ from moe_parallel.model.counts import (
     training_flops_per_token,
 )
 from moe_parallel.model.latent_attention import LatentConfig
-from moe_parallel.model.loss import token_loss_sum
-from moe_parallel.model.transformer import Transformer
+from moe_parallel.model.transformer import Output, Transformer
 from moe_parallel.moe.layer import MoELayer
 from moe_parallel.moe.routing import ForwardContext
 from tests.batches import make_batch
@@ -85,7 +84,8 @@ def wide(name: str) -> Architecture:
     architecture = ARCHITECTURES[name]
     attention = architecture.attention
     if isinstance(attention, LatentConfig):
-        attention = replace(attention, nope_head_dim=32, rope_head_dim=16, value_head_dim=32, kv_rank=48)
+        # Values as wide as queries: a CPU pads others and keeps the padded ones.
+        attention = replace(attention, nope_head_dim=32, rope_head_dim=16, value_head_dim=48, kv_rank=48)
     return replace(
         architecture,
         model=replace(architecture.model, dim=128, ffn_dim=256),
@@ -100,9 +100,9 @@ def wide(name: str) -> Architecture:
 def test_activations_are_near_what_autograd_keeps(name: str, recompute: Recompute) -> None:
     """A forgotten tensor of the size of the experts' rows, or of the logits, makes plans run out of memory.
 
-    The estimate leaves out what is small in a real model (indices, statistics of norms): 7 percent. It is for
-    accelerators: norms on a CPU keep one tensor more, which is measured and taken off. So are the one recomputed
-    block and the logits' gradient of the estimate, which exist only after the forward pass that is measured."""
+    The estimate leaves out what is small in a real model (indices, statistics of norms): 2 percent. It is for
+    accelerators: norms on a CPU keep one tensor more, and results of some attention kernels must be copied there; both
+    are measured and taken off. So is the one recomputed block, which exists only after the forward pass."""
     architecture, tokens = wide(name), 256
     model, batch = build(architecture), make_batch([[64]] * 4, 64, 512)
     for block in model.layers:
@@ -111,23 +111,26 @@ def test_activations_are_near_what_autograd_keeps(name: str, recompute: Recomput
             block.ffn.experts.recompute = recompute is Recompute.selective
 
     def run() -> object:
-        logits_BSV, stats = model(batch, ForwardContext())
-        return token_loss_sum(logits_BSV, batch.target_BS), stats
+        return model(batch, ForwardContext(), Output.loss)
 
     def estimate(some: Architecture, how: Recompute) -> int:
         return memory_per_rank(some, tokens, recompute=how, size=Bytes(compute=4)).activations
 
-    expected = estimate(architecture, recompute) - tokens * 512 * 4
+    expected = estimate(architecture, recompute)
     if recompute is Recompute.full:
         dense = int(name == "dense")
         one = replace(architecture, model=replace(architecture.model, num_layers=1, first_dense_layers=dense))
-        expected -= estimate(one, Recompute.none) - (2 * 512 + 2 * 128) * 4 * tokens
+        expected -= estimate(one, Recompute.none) - (512 + 2 * 128) * 4 * tokens
     extra: list[int] = []
     for norm in (m for m in model.modules() if isinstance(m, nn.RMSNorm)):
         if recompute is not Recompute.full or norm is model.norm:
             norm.register_forward_hook(lambda _m, _args, out: extra.append(out.nbytes))
+    for block in model.blocks if recompute is not Recompute.full else []:
+        block.attention.output.register_forward_pre_hook(
+            lambda _m, args: extra.append(args[0].nbytes if args[0]._base is None else 0)
+        )
     actual = saved_bytes(model, run) - sum(extra)
-    assert actual == pytest.approx(expected, rel=0.07)
+    assert actual == pytest.approx(expected, rel=0.02)
 
 
 def test_memory_of_a_rank_divides_by_its_degrees() -> None:
@@ -140,7 +143,7 @@ def test_memory_of_a_rank_divides_by_its_degrees() -> None:
     dense = counts.total - counts.routed
     assert split.weights == 4 * (dense // 4 + counts.routed // 4)
     assert memory_per_rank(LATENT, 0, ep=8).gradients == 4 * (dense + counts.routed // 8)
-    assert whole.total == whole.weights + whole.gradients + whole.optimizer + whole.gathered + whole.activations
+    assert whole.total == sum(vars(whole).values())
 
 
 def test_longer_sequences_cost_more_attention_only() -> None:

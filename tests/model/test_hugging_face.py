@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_parallel.model.loss import token_loss_sum
+from moe_parallel.model.transformer import Output
 from moe_parallel.moe.routing import ForwardContext
 from tests.batches import make_batch
 from tests.model.hugging_face import FAMILIES, VOCABULARY, our_names, same_models
@@ -58,7 +58,7 @@ def test_every_gradient_agrees(name: str) -> None:
     batch = make_batch([[40], [40]], 40, VOCABULARY)
     logits = theirs(batch.token_BS).logits
     nn.functional.cross_entropy(logits.flatten(0, 1), batch.target_BS.flatten(), reduction="sum").backward()
-    token_loss_sum(ours(batch, ForwardContext())[0], batch.target_BS).backward()
+    ours(batch, ForwardContext(), Output.loss)[0].backward()
     expected = our_names({n: p.grad for n, p in theirs.named_parameters()})
     actual = {n: p.grad for n, p in ours.named_parameters()}
     assert actual.keys() == expected.keys()

@@ -9,8 +9,7 @@ import torch
 
 from moe_data.batch import TokenBatch
 from moe_parallel.model.architecture import ModelConfig
-from moe_parallel.model.loss import token_loss_sum
-from moe_parallel.model.transformer import Transformer
+from moe_parallel.model.transformer import Output, Transformer
 from moe_parallel.moe.routing import ForwardContext
 from tests.batches import make_batch
 from tests.model.examples import ARCHITECTURES, DENSE, GROUPED, LATENT, VOCABULARY, build
@@ -92,8 +91,7 @@ def test_recompute_gives_the_same_gradients(name: str) -> None:
         model = build(ARCHITECTURES[name])
         for block in model.layers:
             block.recompute = recompute
-        logits_BSV, stats = model(batch, ForwardContext())
-        loss = token_loss_sum(logits_BSV, batch.target_BS)
+        loss, stats = model(batch, ForwardContext(), Output.loss)
         for layer in stats:
             loss = loss + layer.balance
         loss.backward()
@@ -114,7 +112,7 @@ def test_recompute_does_not_choose_again() -> None:
         model = build(LATENT)
         for block in model.layers:
             block.recompute = True
-        loss = token_loss_sum(model(batch, ForwardContext())[0], batch.target_BS)
+        loss = model(batch, ForwardContext(), Output.loss)[0]
         if move_bias:
             for block in model.layers:
                 block.ffn.router.bias += torch.arange(8) * 10.0
@@ -138,7 +136,7 @@ def test_tied_embeddings_stay_one_tensor() -> None:
     assert model.head.weight is model.embedding.weight
     assert "head.weight" not in dict(model.named_parameters())
     batch = make_batch([[24]], 24, VOCABULARY)
-    token_loss_sum(model(batch, ForwardContext())[0], batch.target_BS).backward()
+    model(batch, ForwardContext(), Output.loss)[0].backward()
     grad_VD = model.embedding.weight.grad
     assert grad_VD is not None
     unseen = [v for v in range(VOCABULARY) if v not in batch.token_BS]

@@ -58,6 +58,13 @@ def stream(seed: int = 0) -> torch.Tensor:
     return torch.randn(1, TOKENS, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def run_block(
+    block: Block, x_BSD: torch.Tensor, context: ForwardContext | None = None
+) -> tuple[torch.Tensor, list[LayerStats]]:
+    """On the batch of these tests; no other context than training alone by default."""
+    return block(x_BSD, batch(), block.attention.plan(batch()), context or ForwardContext())
+
+
 def one_pass(layer: MoELayer, x_TD: torch.Tensor, iteration: int) -> torch.Tensor:
     """A single pass, by a plain layer that owns the same modules."""
     plain = MoELayer(DIM, MoEConfig(num_experts=4, expert_dim=6), layer.router.config, BalanceConfig(), 0)
@@ -109,7 +116,7 @@ def test_every_kind_of_chain_equals_a_loop(chain):
     1e-12: the same operations in float64; only sums of three gradients may be added in another order."""
     block = make_block(chain)
     x = stream().requires_grad_()
-    got, stats = block(x, batch(), ForwardContext())
+    got, stats = run_block(block, x)
     wanted = by_loop(block, x[0])[None]
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     assert [s.iteration for s in stats] == list(range(chain.iterations))
@@ -129,7 +136,7 @@ def test_one_iteration_is_the_plain_layer(where):
     rows = layer.experts(rows, ticket)
     added = layer.dispatcher.combine(rows, routing, ticket) + layer.shared(normed)
     base = normed if where is ChainBlock.reference else stream()[0]
-    out, (stats,) = block(stream(), batch(), ForwardContext())
+    out, (stats,) = run_block(block, stream())
     assert torch.equal(out[0], base + added)
     assert torch.equal(stats.balance, wanted_stats.balance)
     assert not [name for name in block.state_dict() if "later" in name]
@@ -160,7 +167,7 @@ def test_silent_experts_leave_the_stream_alone():
     with torch.no_grad():
         block.ffn.experts.down.zero_()
         block.ffn.shared.down.weight.zero_()
-    assert torch.equal(block(stream(), batch(), ForwardContext())[0], stream())
+    assert torch.equal(run_block(block, stream())[0], stream())
 
 
 def test_linear_experts_compound():
@@ -189,8 +196,8 @@ def test_a_later_pass_of_scale_zero_is_silent():
     chain.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
         chain.ffn.later_scale.zero_()
-    out = chain(stream(), batch(), ForwardContext())[0]
-    assert torch.equal(out, plain(stream(), batch(), ForwardContext())[0])
+    out = run_block(chain, stream())[0]
+    assert torch.equal(out, run_block(plain, stream())[0])
     out.square().sum().backward()
     assert float(chain.ffn.later_scale.grad.detach().abs()) > 1e-3
 
@@ -217,7 +224,7 @@ def test_pressure_does_not_grow_with_iterations():
         with torch.no_grad():
             block.ffn.experts.down.zero_()
             block.ffn.shared.down.weight.zero_()
-        stats: list[LayerStats] = block(stream(), batch(), ForwardContext())[1]
+        stats: list[LayerStats] = run_block(block, stream())[1]
         losses.append(sum(float(s.balance.detach()) for s in stats))
         assert all(float(s.balance_value) == float(stats[0].balance_value) for s in stats)
     assert losses[1] == pytest.approx(losses[0], rel=1e-14)
@@ -229,7 +236,7 @@ def test_statistics_are_kept_for_each_layer_and_iteration():
     Counts and their shares are exact."""
     block = make_block(ChainConfig(iterations=3), BalanceConfig(global_coefficient=0.1), layer=2)
     prior_LIE = torch.arange(5 * 3 * 4, dtype=torch.float64).view(5, 3, 4).square()
-    stats = block(stream(), batch(), ForwardContext(prior_count_LIE=prior_LIE, prior_is_total=True))[1]
+    stats = run_block(block, stream(), ForwardContext(prior_count_LIE=prior_LIE, prior_is_total=True))[1]
     normed, out = block.ffn_norm(stream()[0]), torch.zeros(TOKENS, DIM, dtype=torch.float64)
     counts = []
     for iteration, router in enumerate([block.ffn.router, *block.ffn.later_routers]):

@@ -60,7 +60,8 @@ def by_loop(layer, x_TD, keep=None):
                 gate, up = (layer.experts.gate_up[e] @ x).chunk(2)
                 y = y + weights[k] * (layer.experts.down[e] @ (F.silu(gate) * up))
         if layer.shared is not None:
-            y = y + layer._shared_output(x[None])[0]
+            gate = 1.0 if layer.shared_gate is None else torch.sigmoid(layer.shared_gate.weight[0] @ x)
+            y = y + gate * layer.shared(x[None])[0]
         out.append(y)
     return torch.stack(out)
 

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moe_kernels.permute import invert_permutation, sort_slots
+from moe_kernels.counting_sort import sort_slots
+from moe_kernels.permute import invert_permutation
 from moe_parallel import collectives
 from moe_parallel.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_parallel.moe.dispatch.least_loaded import LeastLoadedConfig, LeastLoadedDispatcher
@@ -105,13 +106,13 @@ def experts_of(load: Load, rank: int, world: int) -> Tensor:
 
 
 def make_routing(expert_TK: Tensor, weight_TK: Tensor, table: bool, uniform: bool = False) -> Routing:
-    order_N, count_E = sort_slots(expert_TK, EXPERTS)
+    order_N, count_E, place_N = sort_slots(expert_TK, EXPERTS)
     order_N = order_N[: int(count_E.sum())]
     return Routing(
         token_N=order_N // TOP_K,
         weight_N=weight_TK.reshape(-1)[order_N],
         count_E=count_E,
-        slot_TK=invert_permutation(order_N).view_as(expert_TK) if table else None,
+        slot_TK=place_N.view_as(expert_TK) if table else None,
         uniform_count=TOKENS * TOP_K // EXPERTS if uniform else None,
     )
 
@@ -161,11 +162,9 @@ def compute(dispatcher, load: Load, ranks: list[int], world: int, dtype=torch.fl
     def layer(x_TD: Tensor, weight_TK: Tensor, context: LayerContext) -> Tensor:
         uniform = load.name == "uniform" and isinstance(me, int)
         routing = make_routing(expert_TK, weight_TK, load.table, uniform)
-        rows_RD, ticket = dispatcher.dispatch(x_TD, routing, context)
-        seen.append(ticket.host_counts)
-        assert isinstance(dispatcher, LocalDispatcher) or ticket.arrived.count_E.sum() == len(rows_RD)
-        rows_RD = experts(rows_RD, ticket)
-        return dispatcher.combine(rows_RD, routing, ticket)
+        rows, ticket = dispatcher.dispatch(x_TD, routing, context)
+        seen.append(ticket.parts[0].host_counts)
+        return dispatcher.combine(experts(rows, ticket), routing, ticket)
 
     if recompute:
         out_TD = checkpoint(layer, x_TD, weight_TK, context(Replay()), use_reentrant=False)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_data.batch import TokenBatch
 from moe_parallel.engines.native import NativeEngine, moe_layers
-from moe_parallel.mesh import ParallelConfig, ParallelMesh, Recompute, make_layout
+from moe_parallel.mesh import Compile, ParallelConfig, ParallelMesh, Recompute, make_layout
 from moe_parallel.model.architecture import Architecture, ModelConfig
 from moe_parallel.model.attention import GroupedQueryConfig
 from moe_parallel.model.initialize import InitConfig, init_weights
@@ -61,6 +61,7 @@ class Case:
     starved_rank: bool = False
     """Routing sends every token to the experts of the first rank."""
     dtype: str = "float64"
+    compile: str = "none"
 
     @property
     def per_rank_pool(self) -> bool:
@@ -132,7 +133,7 @@ def run_engine(case: Case, as_one: bool = False) -> list[Outcome]:
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     ep, shard = (1, None) if as_one else (case.ep, case.shard)
-    parallel = ParallelConfig(ep=ep, shard=shard, recompute=Recompute(case.recompute))
+    parallel = ParallelConfig(ep=ep, shard=shard, recompute=Recompute(case.recompute), compile=Compile(case.compile))
     layout = make_layout(parallel, world, case.num_experts)
     mesh = ParallelMesh(layout, "cpu")
     compute = getattr(torch, case.dtype)

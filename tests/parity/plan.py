@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe_data.batch import TokenBatch
 from moe_kernels import moe_mlp
-from moe_kernels.choice import ExpertKernel
+from moe_kernels.choice import PLAIN, Choice, ExpertKernel, Problem
 from moe_parallel import options
 from moe_parallel.engines.native import NativeEngine
 from moe_parallel.mesh import Layout, ParallelMesh
@@ -128,6 +128,7 @@ def run(plan: Plan) -> Planned:
             config.optim,
             torch.device("cpu"),
             torch.bfloat16,
+            dispatch=config.dispatch,
         )
         rows, accumulated = balanced_rows(config, ranks), config.train.micro_batches(ranks)[0]
         count = min(accumulated, 1 if config.model.num_layers > DEEP else 2)
@@ -182,9 +183,9 @@ def _step(engine: PlannedEngine, config: options.Config, rows: int, count: int) 
     return [_weight(engine, name, gradients.get(name)) for name, _ in engine.model.named_parameters()]
 
 
-def _choose_for_gpu(how: ExpertKernel, *operands: Tensor) -> ExpertKernel:
+def _choose_for_gpu(how: ExpertKernel, problem: Problem, table: object) -> Choice:
     """What a GPU takes for bf16; alignment is checked by the fake kernel itself."""
-    return ExpertKernel.grouped_mm  # not a mock, which would keep its arguments alive
+    return Choice(ExpertKernel.grouped_mm, PLAIN, "for a plan")  # not a mock, which would keep its arguments alive
 
 
 def _batch(rows: int, length: int) -> TokenBatch:

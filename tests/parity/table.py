@@ -5,6 +5,7 @@ from __future__ import annotations
 from moe_parallel.moe.balance import GlobalEstimator
 from moe_parallel.moe.capacity import DropOrder
 from moe_parallel.moe.chain import ChainConfig
+from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
 from moe_parallel.moe.dispatch.least_loaded import LeastLoadedConfig
 from moe_parallel.moe.dispatch.two_hop import TwoHopConfig
 from moe_parallel.moe.routers.token_choice import GroupScore, Score
@@ -156,6 +157,7 @@ ROUTERS_FOUR = [
 SPILL = LeastLoadedConfig(threshold=1.0, min_chunk_rows=1)
 TWO_NODES = TwoHopConfig(ranks_per_node=2)
 FOUR_NODES = TwoHopConfig(ranks_per_node=1)
+CHUNKS_2, CHUNKS_4 = AllToAllConfig(chunks=2), AllToAllConfig(chunks=4)
 
 DISPATCH_TWO = [
     Case("least loaded, ep 2", 2, ep=2, dispatch=SPILL, balance=ALL_LOSSES, micro_batches=2),
@@ -164,6 +166,14 @@ DISPATCH_TWO = [
     Case("least loaded, chain of 2, selective recompute", 2, ep=2, dispatch=SPILL, moe=CHAIN, recompute="selective", balance=GLOBAL),
     Case("least loaded, threshold router", 2, ep=2, dispatch=SPILL, kind="expert_choice", router=THRESHOLD, rows=2),
     Case("two hops, two nodes of one rank", 2, ep=2, dispatch=FOUR_NODES, balance=ALL_LOSSES, micro_batches=2),
+    Case("2 chunks, gated shared experts", 2, ep=2, dispatch=CHUNKS_2, moe=GATED, balance=ALL_LOSSES, micro_batches=2),
+    Case("2 chunks, full recompute", 2, ep=2, dispatch=CHUNKS_2, recompute="full", balance={**ALL_LOSSES, "bias_rate": 0.05}, micro_batches=2),
+    Case("2 chunks, chain of 2, selective recompute", 2, ep=2, dispatch=CHUNKS_2, moe=CHAIN, recompute="selective", balance=GLOBAL),
+    Case("2 chunks, chain of 3, full recompute", 2, ep=2, dispatch=CHUNKS_2, moe=THREE, recompute="full", balance=GLOBAL),
+    Case("2 chunks, forced balance", 2, ep=2, dispatch=CHUNKS_2, router={"forced_balance": True}, balance=GLOBAL),
+    Case("2 chunks, forced balance, no padding", 2, ep=2, dispatch=CHUNKS_2, router={"forced_balance": True}, whole_rows=True),
+    Case("2 chunks, no token for the second rank", 2, ep=2, dispatch=CHUNKS_2, starved_rank=True, balance=BIAS),
+    Case("4 chunks, expert choice, idle rank", 2, ep=2, num_experts=8, dispatch=CHUNKS_4, kind="expert_choice", router=WHOLE, rows=2, idle_rank=True),
 ]  # fmt: skip
 
 DISPATCH_FOUR = [
@@ -180,6 +190,9 @@ DISPATCH_FOUR = [
     Case("two hops, expert choice, no padding", 4, ep=4, dispatch=TWO_NODES, kind="expert_choice", router=POOL, whole_rows=True),
     Case("two hops, chain of 2, three ranks without a token", 4, ep=4, dispatch=TWO_NODES, moe=CHAIN, num_experts=8, starved_rank=True, balance=BIAS),
     Case("two hops, idle rank, dense replicated", 4, ep=4, shard=1, dispatch=TWO_NODES, idle_rank=True, balance=GLOBAL),
+    Case("2 chunks, ep 4, shared experts, full recompute", 4, ep=4, num_experts=8, dispatch=CHUNKS_2, moe=GATED, recompute="full", balance=ALL_LOSSES, micro_batches=2),
+    Case("4 chunks, ep 2 x expert shard 2", 4, ep=2, num_experts=8, dispatch=CHUNKS_4, balance=ALL_LOSSES, micro_batches=2),
+    Case("2 chunks, ep 2 x replicas 2, capacity", 4, ep=2, shard=2, dispatch=CHUNKS_2, moe=CAPACITY_BY_WEIGHT, micro_batches=2),
 ]  # fmt: skip
 
 BFLOAT16 = [
@@ -196,6 +209,7 @@ BFLOAT16 = [
         balance=GLOBAL,
         rows=2,
     ),
+    Case("bf16, 2 chunks, full recompute", 2, ep=2, dtype="bfloat16", dispatch=CHUNKS_2, recompute="full", balance=GLOBAL, rows=2),
     Case("bf16, least loaded", 2, ep=2, dtype="bfloat16", dispatch=SPILL, balance=GLOBAL, rows=2),
     Case("bf16, ep 2, full recompute", 2, ep=2, dtype="bfloat16", recompute="full", balance=ALL_LOSSES, rows=2),
 ]

@@ -18,6 +18,7 @@ import pytest
 
 from moe_parallel.mesh import Layout, Recompute
 from moe_parallel.model.counts import MemoryEstimate, count_parameters, memory_per_rank
+from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
 from moe_parallel.options import architecture
 from tests.parity.plan import CONFIGS, Plan, Planned, Weight, run
 
@@ -42,6 +43,7 @@ CHOICES = [
 ]
 PRESETS = [Plan(name, (f"model={name}", "train.sequence_tokens=512"), few_ranks=True) for name in _names("model")]
 CHAINS = [Plan(f"{n} iterations", ("model=small_cpu", f"moe.chain.iterations={n}"), few_ranks=True) for n in (1, 3)]
+CHUNKS = [Plan(f"{n} chunks", ("model=small_cpu", f"dispatch.chunks={n}"), few_ranks=True) for n in (1, 4)]
 PLACES = [Plan("pretrain_olmoe_1b_7b", ("experiment=pretrain_olmoe_1b_7b",), place) for place in (0.0, 0.5, 1.0)]
 SHARDS = [Plan("pretrain_deepseek_v3", ("experiment=pretrain_deepseek_v3",), place, step=False) for place in (0.5, 1.0)]
 
@@ -138,7 +140,8 @@ def check_exchanges(planned: Planned) -> None:
     each = 6 if config.parallel.recompute is Recompute.full else 4
     calls = each * layers * planned.micro_batches if planned.layout.ep > 1 else 0
     slots = planned.rows * config.train.sequence_tokens * config.router.top_k
-    assert planned.sent_bytes == [slots * config.model.dim * 2] * calls
+    chunks = config.dispatch.chunks if isinstance(config.dispatch, AllToAllConfig) else 1
+    assert planned.sent_bytes == [slots * config.model.dim * 2 // chunks] * calls * chunks
 
 
 def row(plan: Plan, planned: Planned) -> tuple[str, ...]:
@@ -181,6 +184,18 @@ def test_a_chain_gathers_and_reduces_its_experts_once(plan, plain, planned):
     for name, size in (("gathered_bytes", 2 * elements), ("reduced_bytes", 4 * elements)):
         calls = [getattr(seen, name).count(size) for seen in (chained, once)]
         assert calls[0] == calls[1] >= once.config.model.num_layers, name
+
+
+@pytest.mark.parametrize("plan", CHUNKS[1:], ids=lambda plan: plan.name)
+@pytest.mark.parametrize("plain", CHUNKS[:1], ids=lambda plan: plan.name)
+def test_chunks_gather_and_reduce_experts_once(plan, plain, planned):
+    """Experts whose weights are gathered for each chunk, or whose gradients are reduced for each: the traffic that they
+    save would come back. The same collectives of the same sizes, but for rows, which travel in pieces."""
+    chunked, once = (planned[p].result(timeout=300) for p in (plan, plain))
+    check_exchanges(chunked)
+    check_training_state(chunked)
+    assert chunked.gathered_bytes == once.gathered_bytes
+    assert chunked.reduced_bytes == once.reduced_bytes
 
 
 @pytest.mark.parametrize("plan", EXPERIMENTS, ids=lambda plan: plan.name)

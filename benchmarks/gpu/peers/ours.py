@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.gpu.peers.base import Peer
 from moe_kernels.choice import ExpertKernel
+from moe_kernels.counting_sort import sort_slots
 from moe_kernels.moe_mlp import moe_mlp
-from moe_kernels.permute import invert_permutation, sort_slots
 
 
 class _Ours(Peer):
@@ -22,7 +22,7 @@ class _Ours(Peer):
     def forward(self, main: tuple[Tensor, Tensor] | None = None) -> Tensor:
         expert_TK, shape = self.inputs.expert_TK, self.inputs.case.shape
         gate_up, down = self.weights
-        order_N, count_E = sort_slots(expert_TK, shape.experts)
+        order_N, count_E, place_N = sort_slots(expert_TK, shape.experts)
         return moe_mlp(
             self.x_TD,
             gate_up,
@@ -30,7 +30,7 @@ class _Ours(Peer):
             token_N=order_N // shape.top_k,
             count_E=count_E,
             weight_N=self.weight_TK.flatten()[order_N],
-            slot_TK=invert_permutation(order_N).view_as(expert_TK),
+            slot_TK=place_N.view_as(expert_TK),
             how=self.how,
             main_grad=main,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -18,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_kernels.permute import combine_rows, gather_rows, invert_permutation
-from moe_parallel.collectives import all_to_all_rows, gather_over, lend_weights
-from moe_parallel.moe.dispatch.config import DispatchConfig
+from moe_parallel.collectives import gather_over, lend_weights
+from moe_parallel.moe.dispatch.all_to_all import ExchangePart
+from moe_parallel.moe.dispatch.config import DispatchConfig, DispatchSetting
 from moe_parallel.moe.dispatch.spill_plan import Integers, SpillPlan, plain_plan, plan_spill
 from moe_parallel.moe.experts import Ticket
 from moe_parallel.moe.routing import LayerContext, Routing
+from moe_parallel.row_exchange import RowExchange
 
 
 @pydantic.dataclasses.dataclass(kw_only=True)
@@ -51,6 +53,13 @@ class LeastLoadedConfig(DispatchConfig):
                 "less often"
             )
 
+    def check(self, setting: DispatchSetting) -> None:
+        """Raises ValueError where there is nobody to lend to."""
+        if setting.ep == 1:
+            raise ValueError(
+                "dispatch=least_loaded moves work between ranks of parallel.ep=1; raise it, or choose all_to_all"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
@@ -77,6 +86,7 @@ class LeastLoadedTicket(Ticket):
 
     num_tokens: int
     route: Route
+    back: RowExchange
 
 
 class LeastLoadedDispatcher:
@@ -91,32 +101,32 @@ class LeastLoadedDispatcher:
         self.num_ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, LeastLoadedTicket]:
-        """(T, D) -> rows (R, D) as they arrive, by source rank and expert, and the ticket for `combine`.
+    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[list[Tensor], LeastLoadedTicket]:
+        """Start the rows of (T, D) on their way. They arrive by source rank and expert.
 
         An expert takes its rows in the order of source ranks, and of slots within a rank.
         """
         # Once: a recomputed pass must find the same plan, and neither exchange counts nor plan again.
         route: Route = context.once("spill", lambda: self._route(routing))
-        routing = _by_rank(routing, route)
-        rows_ND = gather_rows(x_TD, routing.token_N, routing.slot_TK)
-        rows_RD = all_to_all_rows(rows_ND, route.received, route.sent, self.group)
-        ticket = LeastLoadedTicket(
-            num_tokens=x_TD.shape[0],
-            route=route,
-            arrived=route.arrived,
-            host_counts=route.host_counts,
-            transfer=route.transfer,
+        packed = routing.reordered(route.order_N, route.inverse_N)
+        there = RowExchange([route.sent], [route.received], self.group)
+        tokens = there.start_all(gather_rows(x_TD, packed.token_N, packed.slot_TK))
+        back = there.way_back()
+        part = ExchangePart(
+            index=0, there=there, back=back, arrived=lambda: route.arrived, host_counts=route.host_counts
         )
-        return rows_RD, ticket
+        ticket = LeastLoadedTicket(
+            parts=[part], transfer=route.transfer, num_tokens=x_TD.shape[0], route=route, back=back
+        )
+        return tokens, ticket
 
     def combine(
-        self, rows_RD: Tensor, routing: Routing, ticket: LeastLoadedTicket, added: Sequence[Tensor] = ()
+        self, rows: Sequence[Tensor], routing: Routing, ticket: LeastLoadedTicket, added: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Rows (R, D) back to their sources, then the weighted sum of each token's slots: (T, D)."""
-        route, routing = ticket.route, _by_rank(routing, ticket.route)
-        rows_ND = all_to_all_rows(rows_RD, route.sent, route.received, self.group)
-        return combine_rows(rows_ND, routing.weights(), routing.token_N, routing.slot_TK, ticket.num_tokens, added)
+        """Wait for what the experts return, then the weighted sum of each token's slots: (T, D)."""
+        rows_ND = ticket.back.wait_all(rows)
+        packed = routing.reordered(ticket.route.order_N, ticket.route.inverse_N)
+        return combine_rows(rows_ND, packed.weights(), packed.token_N, packed.slot_TK, ticket.num_tokens, added)
 
     def plan(self, count_PE: Integers) -> SpillPlan:
         """The plan for the rows (P, E) that each rank has for each expert."""
@@ -171,18 +181,6 @@ class LeastLoadedDispatcher:
 
     def _sum_by_rank(self, rank_C: Integers, value_C: np.ndarray) -> list[int]:
         return np.bincount(rank_C, weights=value_C, minlength=self.num_ranks).astype(np.int64).tolist()
-
-
-def _by_rank(routing: Routing, route: Route) -> Routing:
-    """The same slots, sorted by the rank that computes them, then by expert."""
-    if route.order_N is None or route.inverse_N is None:
-        return routing
-    return replace(
-        routing,
-        token_N=routing.token_N[route.order_N],
-        weight_N=routing.weights()[route.order_N],
-        slot_TK=None if routing.slot_TK is None else route.inverse_N[routing.slot_TK],
-    )
 
 
 def _order(key_C: Integers, count_C: Integers, device: torch.device) -> Tensor:

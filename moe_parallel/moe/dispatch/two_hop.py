@@ -19,9 +19,10 @@ from moe_kernels.permute import chunk_order, combine_rows, gather_rows, invert_p
 from moe_parallel import launch
 from moe_parallel.collectives import all_to_all_rows, exchange_counts
 from moe_parallel.moe.dispatch.all_to_all import AllToAllDispatcher, ExchangeTicket
-from moe_parallel.moe.dispatch.config import DispatchConfig
-from moe_parallel.moe.experts import Ticket
+from moe_parallel.moe.dispatch.config import DispatchConfig, DispatchSetting
+from moe_parallel.moe.experts import Part, Ticket
 from moe_parallel.moe.routing import LayerContext, Routing
+from moe_parallel.row_exchange import RowExchange
 
 
 @dataclass(kw_only=True)
@@ -32,6 +33,10 @@ class TwoHopConfig(DispatchConfig):
     def __post_init__(self) -> None:
         if self.ranks_per_node is not None and self.ranks_per_node < 1:
             raise ValueError(f"dispatch.ranks_per_node={self.ranks_per_node} must be at least 1")
+
+    def check(self, setting: DispatchSetting) -> None:
+        """Raises ValueError unless the ranks of `ep` are two or more whole nodes."""
+        node_size(self, setting.ep)
 
 
 def node_size(config: TwoHopConfig, ep: int) -> int:
@@ -92,14 +97,38 @@ class _Plan:
 
 
 @plain_dataclass(frozen=True, kw_only=True)
+class _NodePart(Part):
+    """Rows that cross the network, and are dealt out in their node when they are asked for."""
+
+    dispatcher: AllToAllDispatcher
+    """Within the node."""
+    there: RowExchange
+    back: RowExchange
+    at_node: Routing
+    """Of the rows that crossed the network, among the experts of this node."""
+    inner: ExchangeTicket
+
+    @property
+    def host_counts(self) -> Sequence[int] | None:  # type: ignore[override]
+        return self.inner.parts[0].host_counts
+
+    def receive(self, token: Tensor) -> tuple[Tensor, Routing]:
+        rows_AD = self.there.wait(token, 0)
+        (inner_token,) = self.dispatcher.start(rows_AD, self.at_node, self.inner)
+        return self.inner.parts[0].receive(inner_token)
+
+    def send(self, rows_RD: Tensor) -> Tensor:
+        sum_AD = self.dispatcher.combine([self.inner.parts[0].send(rows_RD)], self.at_node, self.inner)
+        return self.back.start(sum_AD, 0)
+
+
+@plain_dataclass(frozen=True, kw_only=True)
 class TwoHopTicket(Ticket):
     """What `combine` needs to know of the matching `dispatch`."""
 
     num_tokens: int
     plan: _Plan
-    at_node: Routing
-    """Of the rows that crossed the network, among the experts of this node."""
-    inner: ExchangeTicket
+    back: RowExchange
 
 
 class TwoHopDispatcher:
@@ -118,31 +147,26 @@ class TwoHopDispatcher:
         self.num_nodes = dist.get_world_size(across)
         self.inner = AllToAllDispatcher(within)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[Tensor, TwoHopTicket]:
-        """(T, D) -> rows (R, D) as they arrive, and the ticket for `combine`.
+    def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[list[Tensor], TwoHopTicket]:
+        """Start the rows of (T, D) on their way over the network.
 
         An expert takes its rows in the order of the source's place in its node, then of nodes, then of slots.
         """
         plan: _Plan = context.once("node_plan", lambda: self._plan(routing, x_TD.shape[0]))
         rows_UD = gather_rows(x_TD, plan.token_U, plan.row_TJ)
-        rows_AD = all_to_all_rows(rows_UD, plan.received_rows, plan.sent_rows, self.across)
-        at_node = self._send_slots(routing, plan)
-        rows_RD, inner = self.inner.dispatch(rows_AD, at_node, context)
-        ticket = TwoHopTicket(
-            num_tokens=x_TD.shape[0],
-            plan=plan,
-            at_node=at_node,
-            inner=inner,
-            arrived=inner.arrived,
-            host_counts=inner.host_counts,
-        )
-        return rows_RD, ticket
+        at_node = self._send_slots(routing, plan)  # before the rows: it is small, and waited for at once
+        there = RowExchange([plan.sent_rows], [plan.received_rows], self.across)
+        tokens = there.start_all(rows_UD)
+        inner = self.inner.prepare(at_node, sum(plan.received_rows), context)
+        back = there.way_back()
+        part = _NodePart(dispatcher=self.inner, there=there, back=back, at_node=at_node, inner=inner)
+        return tokens, TwoHopTicket(parts=[part], num_tokens=x_TD.shape[0], plan=plan, back=back)
 
-    def combine(self, rows_RD: Tensor, routing: Routing, ticket: TwoHopTicket, added: Sequence[Tensor] = ()) -> Tensor:
-        """Weighted sums of each node (R, D) back to their sources, then the sum over nodes: (T, D)."""
-        plan = ticket.plan
-        sum_AD = self.inner.combine(rows_RD, ticket.at_node, ticket.inner)
-        sum_UD = all_to_all_rows(sum_AD, plan.sent_rows, plan.received_rows, self.across)
+    def combine(
+        self, rows: Sequence[Tensor], routing: Routing, ticket: TwoHopTicket, added: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Wait for the weighted sums of each node, then the sum over nodes: (T, D)."""
+        plan, sum_UD = ticket.plan, ticket.back.wait_all(rows)
         one_U = torch.ones_like(plan.token_U, dtype=routing.weights().dtype)
         return combine_rows(sum_UD, one_U, plan.token_U, plan.row_TJ, ticket.num_tokens, added)
 

@@ -8,6 +8,7 @@ from tests.kernels.compiled.build import Job
 
 QWEN3 = {"D": 2048, "F": 768, "E": 128}
 DEEPSEEK = {"D": 2048, "F": 1408, "E": 64}
+DEEPSEEK_2B = {"D": 1280, "F": 856, "E": 64}
 
 
 def table(rows: int, columns: int, kind: str = "bf16") -> str:
@@ -114,7 +115,7 @@ def memory_bound(capability: int) -> list[Job]:
 def all_jobs() -> list[Job]:
     """Everything that is shipped."""
     jobs = [job for capability in (80, 90, 100) for job in memory_bound(capability)]
-    for name, shape in (("qwen3", QWEN3), ("deepseek", DEEPSEEK)):
+    for name, shape in (("qwen3", QWEN3), ("deepseek", DEEPSEEK), ("deepseek 2b", DEEPSEEK_2B)):
         jobs += jobs_of(GATHERED, shape, f"gathered {name} sm90")
         if SPECIALIZES:
             jobs += jobs_of(SPECIALIZED, shape, f"specialized {name} sm90")
