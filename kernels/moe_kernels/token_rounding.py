@@ -39,7 +39,7 @@ def rounded_counts(count_E: Tensor, num_tokens: Tensor | int, tile: int, how: Ro
 
 
 def _keys(score_TE: Tensor, chosen_TE: Tensor, valid_T: Tensor | None) -> Tensor:
-    """int32 (E, T): larger is taken first; -1 is never taken. Bits of numbers from 0 on have the order of the numbers."""
+    """int32 (E, T): larger is taken first; -1 is never taken. Bits of numbers in 0..1 have the order of the numbers."""
     bits_TE = score_TE.detach().to(torch.float32).clamp(0, 1).contiguous().view(torch.int32)
     key_TE = torch.where(chosen_TE, bits_TE + _CHOSEN, bits_TE)
     if valid_T is not None:
@@ -69,7 +69,7 @@ def take_highest_kernel(key_ptr, wanted_ptr, take_ptr, num_tokens, BLOCK: tl.con
     digits = tl.arange(0, 256)
     left = tl.load(wanted_ptr + expert).to(tl.int32)
     least = left * 0
-    for step in range(0, 4):
+    for step in range(4):
         shift = 24 - 8 * step
         count = tl.zeros((256,), tl.int32)
         for first in range(0, num_tokens, BLOCK):

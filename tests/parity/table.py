@@ -209,7 +209,16 @@ BFLOAT16 = [
         balance=GLOBAL,
         rows=2,
     ),
-    Case("bf16, 2 chunks, full recompute", 2, ep=2, dtype="bfloat16", dispatch=CHUNKS_2, recompute="full", balance=GLOBAL, rows=2),
+    Case(
+        "bf16, 2 chunks, full recompute",
+        2,
+        ep=2,
+        dtype="bfloat16",
+        dispatch=CHUNKS_2,
+        recompute="full",
+        balance=GLOBAL,
+        rows=2,
+    ),
     Case("bf16, least loaded", 2, ep=2, dtype="bfloat16", dispatch=SPILL, balance=GLOBAL, rows=2),
     Case("bf16, ep 2, full recompute", 2, ep=2, dtype="bfloat16", recompute="full", balance=ALL_LOSSES, rows=2),
 ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 
@@ -66,6 +67,12 @@ class PluginConfig(RouterConfig):
 
     def check_capacity(self, factor: float) -> None:
         self.inner.check_capacity(factor)
+
+    def check_rounding(self, gains: bool) -> None:
+        self.inner.check_rounding(gains)
+
+    def check_device(self, device_type: str, dtype: torch.dtype) -> None:
+        self.inner.check_device(device_type, dtype)
 
     def check_batch(self, shape: BatchShape, num_experts: int) -> None:
         self.inner.check_batch(shape, num_experts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass as plain_dataclass
 from enum import Flag
 from typing import Any
@@ -76,6 +77,16 @@ class RouterConfig:
     def check_capacity(self, factor: float) -> None:
         """Raises ValueError where moe.capacity_factor does not apply."""
 
+    def check_rounding(self, gains: bool) -> None:
+        """Raises ValueError where moe.token_rounding does not apply; `gains`: experts may gain tokens by it."""
+        raise ValueError(
+            "moe.token_rounding needs a router by which each token chooses experts by their scores, such as "
+            "router=softmax; set moe.token_rounding=none"
+        )
+
+    def check_device(self, device_type: str, dtype: torch.dtype) -> None:
+        """Raises ValueError where these options cannot run on this kind of device, in this type."""
+
     def check_balance(self, balance: BalanceConfig) -> None:
         """Raises ValueError where these options do not fit the balance losses or the bias."""
         if balance.bias_rate > 0:
@@ -118,6 +129,10 @@ class Routed:
     """The choice that losses count, where it is not `choice` (DeepSeek-V3: the one without the bias)."""
     observed_E: Tensor | None = None
     """float64: see `LayerStats.observed_E`."""
+    score_TE: Tensor | None = None
+    """Scores in 0..1 by which experts compare tokens in token rounding; None where they cannot."""
+    weigh: Callable[[Choice], Tensor] | None = None
+    """Combine weights, with gradient, of any list of tokens and experts: token rounding adds some."""
 
 
 class Router(nn.Module):

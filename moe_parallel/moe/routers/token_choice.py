@@ -8,6 +8,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from moe_kernels.router_topk import MOST_EXPERTS, MOST_TOP_K, Rule, mask_groups, refusal, router_topk
 from moe_parallel.moe.balance import BalanceConfig, Level
 from moe_parallel.moe.routers.router import Routed, Router, RouterConfig, linear_logits
 from moe_parallel.moe.routing import Choice, LayerContext
@@ -27,6 +28,14 @@ class GroupScore(str, Enum):
     """A group is worth the sum of its top_k / top_groups best experts (DeepSeek-V3)."""
 
 
+class RouterKernel(str, Enum):
+    torch = "torch"
+    """Plain torch, an operation at a time."""
+    triton = "triton"
+    """One Triton kernel from logits to experts and weights, and a counting sort of the slots; needs a GPU. Equal scores
+    go to the lowest expert first."""
+
+
 @dataclass(kw_only=True)
 class TokenChoiceConfig(RouterConfig):
     score: Score = Score.softmax
@@ -43,6 +52,8 @@ class TokenChoiceConfig(RouterConfig):
     """Training: multiply the router's input by random numbers in 1 - jitter .. 1 + jitter (Switch: 0.01)."""
     random_second: bool = False
     """Training: a token takes its second expert with probability of twice that one's weight (GShard)."""
+    kernel: RouterKernel = RouterKernel.torch
+    """What computes scores, choice and weights from the logits, and the order of the slots."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,8 +84,34 @@ class TokenChoiceConfig(RouterConfig):
     def check_balance(self, balance: BalanceConfig) -> None:
         """Every loss and the bias act on this router."""
 
+    def check_device(self, device_type: str, dtype: torch.dtype) -> None:
+        if self.kernel is RouterKernel.torch:
+            return
+        why = refusal(device_type, 1, 1)
+        if why is None and dtype is torch.float64:
+            why = "it computes in float32, and logits have the type of train.dtype=float64"
+        if why is not None:
+            raise ValueError(f"router.kernel={self.kernel.value} cannot run: {why}; set router.kernel=torch")
+
+    def check_rounding(self, gains: bool) -> None:
+        if self.random_second:
+            raise ValueError(
+                "moe.token_rounding would give tokens the second expert that router.random_second=true took from them "
+                "by chance; set one of the two off"
+            )
+        if gains and self.num_groups > 1:
+            raise ValueError(
+                f"moe.token_rounding adds tokens to experts outside of their router.top_groups={self.top_groups} of "
+                f"router.num_groups={self.num_groups} groups; set moe.token_rounding=down or router.num_groups=1"
+            )
+
     def check_experts(self, num_experts: int) -> None:
         super().check_experts(num_experts)
+        if self.kernel is RouterKernel.triton and (num_experts > MOST_EXPERTS or self.top_k > MOST_TOP_K):
+            raise ValueError(
+                f"router.kernel=triton takes at most {MOST_TOP_K} of {MOST_EXPERTS} experts, not router.top_k="
+                f"{self.top_k} of moe.num_experts={num_experts}; set router.kernel=torch"
+            )
         if num_experts % self.num_groups != 0:
             raise ValueError(
                 f"moe.num_experts={num_experts} is not divisible by router.num_groups={self.num_groups}; "
@@ -100,6 +137,13 @@ class TokenChoiceRouter(Router):
         self.weight = nn.Parameter(torch.empty(num_experts, dim, dtype=torch.float32))
         if with_bias:
             self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
+        kind = type(self)
+        for name in ("scores", "select", "weights"):
+            if config.kernel is RouterKernel.triton and getattr(kind, name) is not getattr(TokenChoiceRouter, name):
+                raise ValueError(
+                    f"router.kernel=triton computes by itself what {kind.__name__}.{name} computes otherwise; set "
+                    "router.kernel=torch"
+                )
 
     def forward(self, x_TD: Tensor, context: LayerContext) -> Tensor:
         jitter = self.config.input_jitter
@@ -116,7 +160,7 @@ class TokenChoiceRouter(Router):
         if use_bias and self.bias is not None:
             rank_TE = rank_TE + self.bias
         if self.config.num_groups > 1:
-            rank_TE = self._mask_groups(rank_TE)
+            rank_TE = mask_groups(rank_TE, self.config.num_groups, self.config.top_groups, self._group_best())
         return Choice(rank_TE.topk(self.config.top_k, dim=-1).indices)
 
     def weights(self, score_TE: Tensor, choice: Choice) -> Tensor:
@@ -126,16 +170,49 @@ class TokenChoiceRouter(Router):
             weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
         return weight_TK
 
-    def route(self, logit_TE: Tensor, context: LayerContext) -> Routed:
+    def weights_of_pairs(self, score_TE: Tensor, choice: Choice, pairs: Choice) -> Tensor:
+        """Combine weights of a list of tokens and experts, by the scale of each token's own choice."""
+        weight_N = pairs.take(score_TE)
+        if self.config.normalize:
+            weight_N = weight_N / (choice.take(score_TE).sum(-1) + 1e-20)[pairs.tokens()]
+        return weight_N * self.config.route_scale
+
+    def _fused(self, logit_TE: Tensor, context: LayerContext) -> tuple[Tensor, Choice, Tensor, Choice | None]:
+        """Scores, choice, weights and the choice without the bias, by kernels."""
+        config = self.config
+        groups = (config.num_groups, config.top_groups, self._group_best())
+        rule = Rule(config.top_k, config.score is Score.sigmoid, config.normalize, *groups)
+        fresh: list[tuple[Tensor, Tensor]] = []
+
+        def choose() -> tuple[Choice, Choice | None]:
+            made = router_topk(logit_TE, rule, self.bias, fused=True)
+            fresh.append((made.score_TE, made.weight_TK))
+            counted = None if made.unbiased_TK is None else Choice(made.unbiased_TK)
+            return Choice(made.expert_TK, fused=True, tile_count=made.tile_count), counted
+
+        choice, counted = context.once("fused_choice", choose)
+        if not fresh:  # the choice is that of the first run; this one needs scores and weights, with gradient
+            made = router_topk(logit_TE, rule, expert_TK=choice.expert, fused=True)
+            fresh.append((made.score_TE, made.weight_TK))
+        score_TE, weight_TK = fresh[0]
+        return score_TE, choice, weight_TK, counted
+
+    def _unfused(self, logit_TE: Tensor, context: LayerContext) -> tuple[Tensor, Choice, Tensor, Choice | None]:
         score_TE = self.scores(logit_TE)
         choice = self.decide(score_TE, context)
         weight_TK = self.weights(score_TE, choice)
-        if self.config.random_second and context.forward.training:
-            keep_TK: Tensor = context.once("second", lambda: self._dispatched(weight_TK.detach(), context))
-            choice = choice.only(keep_TK, self.num_experts)
         counted: Choice | None = None
         if self.bias is not None:  # losses count the choice without the bias (DeepSeek-V3 eq. 18)
             counted = context.once("unbiased", lambda: self.select(score_TE.detach(), context, use_bias=False))
+        return score_TE, choice, weight_TK, counted
+
+    def route(self, logit_TE: Tensor, context: LayerContext) -> Routed:
+        fuses = self.config.kernel is RouterKernel.triton and not self.config.forced_balance
+        score_TE, own, weight_TK, counted = (self._fused if fuses else self._unfused)(logit_TE, context)
+        choice = own
+        if self.config.random_second and context.forward.training:
+            keep_TK: Tensor = context.once("second", lambda: self._dispatched(weight_TK.detach(), context))
+            choice = choice.only(keep_TK, self.num_experts)
         share_TE = score_TE / score_TE.sum(-1, keepdim=True)
         return Routed(
             choice=choice,
@@ -144,6 +221,8 @@ class TokenChoiceRouter(Router):
             logits=(logit_TE,),
             levels=(Level(share_TE),),
             counted=counted,
+            score_TE=score_TE,
+            weigh=lambda pairs: self.weights_of_pairs(score_TE, own, pairs),
         )
 
     def _dispatched(self, weight_TK: Tensor, context: LayerContext) -> Tensor:
@@ -152,12 +231,8 @@ class TokenChoiceRouter(Router):
         keep_TK[:, 1] = 2 * weight_TK[:, 1] > context.random("second", 1)[:, 0]
         return keep_TK
 
-    def _mask_groups(self, rank_TE: Tensor) -> Tensor:
+    def _group_best(self) -> int:
+        """Experts that make up the worth of a group."""
         config = self.config
-        rank_TGe = rank_TE.unflatten(-1, (config.num_groups, -1))
-        best = 1 if config.group_score is GroupScore.max else config.top_k // config.top_groups
-        group_TG = rank_TGe.topk(best, dim=-1).values.sum(-1)
-        chosen_TG = torch.zeros_like(group_TG, dtype=torch.bool)
-        chosen_TG.scatter_(1, group_TG.topk(config.top_groups, dim=-1).indices, True)
-        # Not zero: a bias can make every score of a chosen group negative.
-        return rank_TGe.masked_fill(~chosen_TG.unsqueeze(-1), float("-inf")).flatten(1)
+        best: int = 1 if config.group_score is GroupScore.max else config.top_k // config.top_groups
+        return best

@@ -10,9 +10,7 @@ from moe_kernels.token_rounding import take_highest, take_highest_reference
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.integers(1, 5000), st.integers(1, 4), st.sampled_from([1, 256, 1 << 24, 2**31 - 1]), st.integers(0, 99)
-)
+@given(st.integers(1, 5000), st.integers(1, 4), st.sampled_from([1, 256, 1 << 24, 2**31 - 1]), st.integers(0, 99))
 def test_equals_the_reference(tokens, experts, step, seed):
     """A digit that is searched among keys of another prefix, keys behind the last token or negative ones counted, the
     count of equal keys not carried from block to block (of 2048). Booleans: equal or wrong.
