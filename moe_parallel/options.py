@@ -215,6 +215,7 @@ def check(config: Config, ranks: int, device_type: str | None = None) -> Layout:
     if device_type is not None:
         attempt(lambda: config.attention.core.check_training(device_type))
         attempt(lambda: config.moe.check_kernel(device_type, config.train.compute_type(device_type), config.model.dim))
+        attempt(lambda: config.router.check_device(device_type, config.train.compute_type(device_type)))
         attempt(lambda: config.parallel.check_compiler(device_type))
     if layout is not None:
         problems += _expert_problems(config, layout)
@@ -225,6 +226,8 @@ def check(config: Config, ranks: int, device_type: str | None = None) -> Layout:
         problems += _batch_problems(config, batches[1])
         shape = BatchShape(ranks, *batches, config.train.sequence_tokens)
         attempt(lambda: config.router.check_batch(shape, config.moe.num_experts))
+        tokens = shape.micro_batch_sequences * shape.sequence_tokens
+        attempt(lambda: config.moe.check_tokens(tokens, config.router.top_k))
     if layout is None or problems:
         raise ConfigError(problems)
     return layout

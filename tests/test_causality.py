@@ -23,6 +23,7 @@ CHOICES = {
     f"router=plugin {EXAMPLE} router.options.threshold=0.3": ITSELF,
     "moe=capacity": OWN | OTHERS,
     "moe=capacity moe.drop_order=weight": OWN | OTHERS,
+    "moe.token_rounding=nearest moe.token_rounding_tile=8": OWN | OTHERS,
     "experiment=switch": LooksAt.past | OTHERS,
     "experiment=gshard moe.capacity_factor=0.7": OWN | OTHERS,
     "moe=chain_of_experts": ITSELF,

@@ -138,3 +138,62 @@ def gather(rows_TD: Tensor, index_N: Tensor | None, fused: bool) -> Tensor:
     if not fused:
         return rows_TD.index_select(0, index_N)
     return _combine(rows_TD, None, index_N.unsqueeze(1), None, index_N.shape[0], [])
+
+
+def grad_combine_reference(
+    grad_TD: Tensor, rows_ND: Tensor, weight_N: Tensor, token_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `grad_combine`."""
+    grad_ND = grad_TD.index_select(0, token_N)
+    grad_weight_N = (grad_ND.to(weight_N.dtype) * rows_ND).sum(-1)
+    return (grad_ND * weight_N[:, None]).to(rows_ND.dtype), grad_weight_N
+
+
+@jit
+def grad_combine_kernel(
+    grad_ptr, rows_ptr, weight_ptr, token_ptr, grad_rows_ptr, grad_weight_ptr, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One slot."""
+    slot = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    token = tl.load(token_ptr + slot).to(tl.int64)
+    here = slot.to(tl.int64) * D + column
+    grad = tl.load(grad_ptr + token * D + column, inside, other=0.0).to(tl.float32)
+    row = tl.load(rows_ptr + here, inside, other=0.0).to(tl.float32)
+    tl.store(grad_rows_ptr + here, (grad * tl.load(weight_ptr + slot)).to(grad_rows_ptr.dtype.element_ty), inside)
+    tl.store(grad_weight_ptr + slot, tl.sum(grad * row, 0))
+
+
+@torch.library.custom_op("moe_kernels::grad_combine", mutates_args=())
+def _grad_combine(grad_TD: Tensor, rows_ND: Tensor, weight_N: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
+    grad_rows_ND, grad_weight_N = torch.empty_like(rows_ND), torch.empty_like(weight_N)
+    num_rows, dim = rows_ND.shape
+    if num_rows > 0:
+        block = block_of(dim)
+        grad_combine_kernel[(num_rows,)](
+            grad_TD,
+            rows_ND,
+            weight_N,
+            token_N,
+            grad_rows_ND,
+            grad_weight_N,
+            D=dim,
+            BLOCK=block,
+            num_warps=max(1, min(block // 512, 8)),
+        )
+    return grad_rows_ND, grad_weight_N
+
+
+@_grad_combine.register_fake
+def _(grad_TD, rows_ND, weight_N, token_N):
+    return torch.empty_like(rows_ND), torch.empty_like(weight_N)
+
+
+def grad_combine(
+    grad_TD: Tensor, rows_ND: Tensor, weight_N: Tensor, token_N: Tensor, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows (N, D) and of the weights (N) of a weighted sum, from that of the sum (T, D)."""
+    if not fused:
+        return grad_combine_reference(grad_TD, rows_ND, weight_N, token_N)
+    return _grad_combine(grad_TD, rows_ND, weight_N, token_N)

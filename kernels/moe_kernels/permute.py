@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_kernels.combine import combine
+from moe_kernels.combine import combine, gather, grad_combine
 
 
 def invert_permutation(order_N: Tensor) -> Tensor:
@@ -21,42 +21,43 @@ def invert_permutation(order_N: Tensor) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, token_N: Tensor, slot_TK: Tensor | None) -> Tensor:
+    def forward(ctx, x_TD: Tensor, token_N: Tensor, slot_TK: Tensor | None, fused: bool) -> Tensor:
         ctx.save_for_backward(token_N, slot_TK)
-        ctx.num_tokens = x_TD.shape[0]
-        return x_TD.index_select(0, token_N)
+        ctx.num_tokens, ctx.fused = x_TD.shape[0], fused
+        return gather(x_TD.contiguous(), token_N, fused)
 
     @staticmethod
     def backward(ctx, grad_ND: Tensor):
         token_N, slot_TK = ctx.saved_tensors
-        return combine(grad_ND, None, token_N, slot_TK, ctx.num_tokens), None, None
+        grad_ND = grad_ND.contiguous()
+        return combine(grad_ND, None, token_N, slot_TK, ctx.num_tokens, fused=ctx.fused), None, None, None
 
 
-def gather_rows(x_TD: Tensor, token_N: Tensor, slot_TK: Tensor | None = None) -> Tensor:
+def gather_rows(x_TD: Tensor, token_N: Tensor, slot_TK: Tensor | None = None, fused: bool = False) -> Tensor:
     """Copy each slot's token row: (T, D) -> (N, D).
 
     Args:
         token_N: int64, the row of x_TD that fills each slot.
         slot_TK: int64, the places of each token's K slots, when every token has exactly K: the inverse of
             `token_N`, which turns the backward pass into a gather. None for any other list of slots.
+        fused: by a Triton kernel each way.
     """
-    return _GatherRows.apply(x_TD, token_N, slot_TK)
+    return _GatherRows.apply(x_TD, token_N, slot_TK, fused)
 
 
 class _CombineRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_ND, weight_N, token_N, slot_TK, num_tokens, *added):
+    def forward(ctx, rows_ND, weight_N, token_N, slot_TK, num_tokens, fused, *added):
         ctx.save_for_backward(rows_ND, weight_N, token_N)
-        return combine(rows_ND, weight_N, token_N, slot_TK, num_tokens, added)
+        ctx.fused = fused
+        return combine(rows_ND, weight_N, token_N, slot_TK, num_tokens, added, fused)
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor):
         rows_ND, weight_N, token_N = ctx.saved_tensors
-        grad_ND = grad_TD.index_select(0, token_N)
-        grad_weight_N = (grad_ND.to(weight_N.dtype) * rows_ND).sum(-1) if ctx.needs_input_grad[1] else None
-        grad_rows_ND = (grad_ND * weight_N[:, None]).to(rows_ND.dtype)
-        grad_added = [grad_TD if needed else None for needed in ctx.needs_input_grad[5:]]
-        return grad_rows_ND, grad_weight_N, None, None, None, *grad_added
+        grad_rows_ND, grad_weight_N = grad_combine(grad_TD.contiguous(), rows_ND, weight_N, token_N, ctx.fused)
+        grad_added = [grad_TD if needed else None for needed in ctx.needs_input_grad[6:]]
+        return grad_rows_ND, grad_weight_N, None, None, None, None, *grad_added
 
 
 def combine_rows(
@@ -66,6 +67,7 @@ def combine_rows(
     slot_TK: Tensor | None,
     num_tokens: int,
     added: Sequence[Tensor] = (),
+    fused: bool = False,
 ) -> Tensor:
     """Weighted sum of each token's slots: (N, D) -> (T, D). Sums in the wider dtype of rows and weights.
 
@@ -74,8 +76,9 @@ def combine_rows(
         weight_N: combine weight of each slot, float32 (or float64).
         token_N, slot_TK: as in `gather_rows`. A token without slots gets zeros.
         added: tensors (T, D) that are added to the sum before it is rounded.
+        fused: by a Triton kernel each way.
     """
-    return _CombineRows.apply(rows_ND, weight_N, token_N, slot_TK, num_tokens, *added)
+    return _CombineRows.apply(rows_ND.contiguous(), weight_N, token_N, slot_TK, num_tokens, fused, *added)
 
 
 def chunk_order(count_PL: Tensor, total: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from moe_data.batch import TokenBatch
+from moe_kernels.choice import ExpertKernel
 from moe_parallel.collectives import gather_over, sum_over
 from moe_parallel.mesh import Compile, ParallelConfig, ParallelMesh, Recompute
 from moe_parallel.model.architecture import Architecture
@@ -82,7 +83,8 @@ def _local_experts(model: nn.Module) -> int:
 
 def split_experts(model: Transformer, mesh: ParallelMesh, dispatch: DispatchConfig) -> None:
     """Give each rank of `ep` its experts and each layer a dispatcher that reaches the others."""
-    dispatcher = make_dispatcher(dispatch, mesh)
+    fused = model.architecture.moe.expert_kernel is ExpertKernel.triton
+    dispatcher = make_dispatcher(dispatch, mesh, fused)
     for layer in moe_layers(model):
         for name in ("gate_up", "down"):
             whole = getattr(layer.experts, name)
@@ -91,16 +93,16 @@ def split_experts(model: Transformer, mesh: ParallelMesh, dispatch: DispatchConf
         layer.dispatcher = dispatcher
 
 
-def make_dispatcher(config: DispatchConfig, mesh: ParallelMesh) -> Dispatcher:
-    """One for all layers: it holds no state of its own."""
+def make_dispatcher(config: DispatchConfig, mesh: ParallelMesh, fused: bool) -> Dispatcher:
+    """One for all layers: it holds no state of its own. `fused` packs and combines rows by Triton kernels."""
     if isinstance(config, TwoHopConfig):
-        return TwoHopDispatcher(*mesh.node_groups(node_size(config, mesh.layout.ep)))
+        return TwoHopDispatcher(*mesh.node_groups(node_size(config, mesh.layout.ep)), fused=fused)
     if isinstance(config, LeastLoadedConfig):
-        return LeastLoadedDispatcher(mesh.ep.get_group(), config)
+        return LeastLoadedDispatcher(mesh.ep.get_group(), config, fused)
     if isinstance(config, DeepEPConfig):
         return DeepEPDispatcher(mesh.ep.get_group(), config)
     assert isinstance(config, AllToAllConfig)
-    return AllToAllDispatcher(mesh.ep.get_group(), config.chunks)
+    return AllToAllDispatcher(mesh.ep.get_group(), config.chunks, fused)
 
 
 def set_recompute(model: Transformer, how: Recompute) -> None:

@@ -68,8 +68,7 @@ class Architecture:
             self.router.check_experts(self.moe.num_experts)
             self.router.check_balance(self.balance)
             self.balance.check_experts(self.moe.num_experts)
-            if self.moe.capacity_factor is not None:
-                self.router.check_capacity(self.moe.capacity_factor)
+            self.moe.check_router(self.router)
 
     @property
     def num_moe_layers(self) -> int:

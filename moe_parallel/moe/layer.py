@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from moe_kernels.choice import Entry, ExpertKernel, Problem, read_table, refusal
+from moe_kernels.token_rounding import Rounding, round_tokens
 from moe_parallel.moe.balance import BalanceConfig, balance_terms, selection_counts, z_loss_sum
 from moe_parallel.moe.capacity import DropOrder, expert_capacity, keep_within_capacity
 from moe_parallel.moe.chain import ChainConfig, Residual
@@ -37,6 +38,10 @@ class MoEConfig:
     """Which slots go first where an expert is over its capacity."""
     renormalize_after_drop: bool = False
     """Scale the weights of a token's kept slots up to the sum they had before the drop."""
+    token_rounding: Rounding = Rounding.none
+    """Training: round each expert's slots of a rank's micro-batch to whole tiles, by dropping or adding tokens."""
+    token_rounding_tile: int = 128
+    """Slots of a tile: rows that the experts' kernels compute at once."""
     expert_kernel: ExpertKernel = ExpertKernel.auto
     """What computes the experts: auto takes the fastest that was measured for the shape; the others insist."""
     kernel_table: str | None = None
@@ -55,7 +60,40 @@ class MoEConfig:
             raise ValueError(f"moe.capacity_factor={self.capacity_factor} must be positive; null drops nothing")
         if self.renormalize_after_drop and self.capacity_factor is None:
             raise ValueError("moe.renormalize_after_drop=true needs moe.capacity_factor: without it nothing is dropped")
+        self._check_rounding()
         self.measured_shapes()
+
+    def _check_rounding(self) -> None:
+        if self.token_rounding_tile < 2:
+            raise ValueError(f"moe.token_rounding_tile={self.token_rounding_tile} must be at least 2 slots")
+        if self.rounds and self.capacity_factor is not None:
+            raise ValueError(
+                f"moe.capacity_factor={self.capacity_factor} and moe.token_rounding={self.token_rounding.value} both "
+                "set how many slots an expert has; set moe.capacity_factor=null or moe.token_rounding=none"
+            )
+
+    @property
+    def rounds(self) -> bool:
+        """Slots are rounded in training."""
+        return self.token_rounding is not Rounding.none
+
+    def check_router(self, router: RouterConfig) -> None:
+        """Raises ValueError where these options and those of the router do not fit."""
+        if self.capacity_factor is not None:
+            router.check_capacity(self.capacity_factor)
+        if self.rounds:
+            router.check_rounding(gains=self.token_rounding is not Rounding.down)
+
+    def check_tokens(self, tokens: int, top_k: int) -> None:
+        """Raises ValueError where a rank's micro-batch of that many tokens is too small."""
+        mean = tokens * top_k / self.num_experts
+        if self.rounds and mean < self.token_rounding_tile:
+            raise ValueError(
+                f"moe.token_rounding={self.token_rounding.value} to moe.token_rounding_tile={self.token_rounding_tile} "
+                f"slots needs at least as many an expert, but {tokens} tokens of a rank's micro-batch * router.top_k="
+                f"{top_k} / moe.num_experts={self.num_experts} are {mean:.4g}: most experts would get none, or few of "
+                "their own; raise train.micro_batch_sequences or lower the tile"
+            )
 
     def measured_shapes(self) -> tuple[Entry, ...] | None:
         """What `kernel_table` holds; None for the shipped tables. Raises ValueError for a file that is none."""
@@ -127,6 +165,8 @@ class MoELayer(nn.Module):
             # By position, a token's first choice comes before all second choices, and only those wait for later tokens.
             if self.config.drop_order is not DropOrder.position or self.router.config.top_k > 1:
                 seen |= LooksAt.future
+        if training and self.config.rounds and not self.router.config.forced_balance:
+            seen |= LooksAt.past | LooksAt.future | LooksAt.others
         return seen
 
     def forward(
@@ -200,6 +240,8 @@ class MoELayer(nn.Module):
         # Which slots an expert has room for depends on other tokens, later ones too: training only.
         if self.config.capacity_factor is not None and context.forward.training:
             choice, weight, dropped = self._drop(choice, weight, self.config.capacity_factor, context)
+        if self.config.rounds and context.forward.training and not router.config.forced_balance:
+            choice, weight, dropped = self._round(routed, choice, context)
         routing = Routing.of(choice, weight, num_experts)
         return routing, self._stats(routed, dropped, self._unserved(routing, context), context)
 
@@ -228,6 +270,17 @@ class MoELayer(nn.Module):
             weight_TK = weight_TK * (wanted_T / (kept_T + 1e-20))
         dropped = (~keep_TK & (choice.expert < num_experts)).sum()
         return choice.only(keep_TK, num_experts), weight_TK, dropped
+
+    def _round(self, routed: Routed, choice: Choice, context: LayerContext) -> tuple[Choice, Tensor, Tensor]:
+        """Whole tiles of slots for each expert. Weights that a token keeps stay what they were."""
+        if routed.score_TE is None or routed.weigh is None:
+            raise ValueError("moe.token_rounding needs a router that returns Routed.score_TE and Routed.weigh")
+        score_TE, how, tile = routed.score_TE.detach(), self.config.token_rounding, self.config.token_rounding_tile
+        expert_N, token_N, dropped = context.once(
+            "rounded", lambda: round_tokens(score_TE, choice.expert, tile, how, context.valid_T)
+        )
+        rounded = Choice(expert_N, token_N, fused=choice.fused)
+        return rounded, routed.weigh(rounded), dropped
 
     def _stats(self, routed: Routed, dropped: Tensor, unserved: Tensor, context: LayerContext) -> LayerStats:
         num_experts, valid_T = self.config.num_experts, context.valid_T

@@ -240,9 +240,9 @@ class LayerStats:
     layer: int
     iteration: int
     count_E: Tensor
-    """int64: slots each expert was chosen for, before drops, without padding."""
+    """int64: slots each expert was chosen for, before drops and rounding, without padding."""
     dropped: Tensor
-    """int64 scalar: slots dropped by the capacity limit."""
+    """int64 scalar: slots dropped by the capacity limit or by token rounding."""
     unserved: Tensor
     """int64 scalar: valid tokens that got no expert, by choice or by drops."""
     entropy: Tensor

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_parallel.moe.routers.token_choice import GroupScore, Score, TokenChoiceConfig, TokenChoiceRouter
+from moe_parallel.moe.routers.token_choice import GroupScore, RouterKernel, Score, TokenChoiceConfig, TokenChoiceRouter
 from moe_parallel.moe.routing import Choice, LayerContext
 
 CONTEXT = LayerContext(layer=0, batch_shape=(1, 32))
@@ -157,3 +157,15 @@ def test_bad_options_are_refused_with_reason(options, experts, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011  the words are checked below
         TokenChoiceRouter(16, experts, TokenChoiceConfig(**options), with_bias=False)
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_kernel_that_cannot_run_is_refused():
+    """Else a run ends in the first step, on every rank, or computes in plain torch what was asked of the kernel."""
+    config = TokenChoiceConfig(kernel=RouterKernel.triton)
+    TokenChoiceConfig().check_device("cpu", torch.float32)
+    with pytest.raises(ValueError, match=r"router.kernel=triton cannot run: .*; set router.kernel=torch"):
+        config.check_device("cpu", torch.float32)
+    with pytest.raises(ValueError, match="at most 16 of 512 experts, not router.top_k=4 of moe.num_experts=513"):
+        config.check_experts(513)
+    with pytest.raises(ValueError, match="not router.top_k=17"):
+        TokenChoiceConfig(kernel=RouterKernel.triton, top_k=17).check_experts(64)

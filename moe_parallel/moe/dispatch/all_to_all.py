@@ -97,10 +97,15 @@ class AllToAllDispatcher:
     one chunk, so that its weights are used once and its gradient is one product.
     """
 
-    def __init__(self, group: dist.ProcessGroup, chunks: int = 1) -> None:
+    def __init__(self, group: dist.ProcessGroup, chunks: int = 1, fused: bool = False) -> None:
+        """
+        Args:
+            fused: rows are packed and combined by Triton kernels.
+        """
         self.group = group
         self.num_ranks = dist.get_world_size(group)
         self.chunks = chunks
+        self.fused = fused
 
     def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[list[Tensor], ExchangeTicket]:
         """Start the rows of (T, D) on their way. They arrive by chunk, source rank and expert.
@@ -144,7 +149,7 @@ class AllToAllDispatcher:
     def start(self, x_TD: Tensor, routing: Routing, ticket: ExchangeTicket) -> list[Tensor]:
         """Pack rows in the order of the exchange and send them."""
         packed = routing.reordered(ticket.order_N, ticket.inverse_N)
-        return ticket.there.start_all(gather_rows(x_TD, packed.token_N, packed.slot_TK))
+        return ticket.there.start_all(gather_rows(x_TD, packed.token_N, packed.slot_TK, self.fused))
 
     def combine(
         self, rows: Sequence[Tensor], routing: Routing, ticket: ExchangeTicket, added: Sequence[Tensor] = ()
@@ -152,7 +157,8 @@ class AllToAllDispatcher:
         """Wait for what the experts return, then the weighted sum of each token's slots: (T, D)."""
         rows_ND = ticket.back.wait_all(rows)
         packed = routing.reordered(ticket.order_N, ticket.inverse_N)
-        return combine_rows(rows_ND, packed.weights(), packed.token_N, packed.slot_TK, ticket.num_tokens, added)
+        weight_N, num_tokens = packed.weights(), ticket.num_tokens
+        return combine_rows(rows_ND, weight_N, packed.token_N, packed.slot_TK, num_tokens, added, self.fused)
 
     def _sizes(self, routing: Routing) -> _Sizes:
         """Rows that arrive for each local expert from each rank, and rows to send."""

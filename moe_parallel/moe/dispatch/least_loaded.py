@@ -95,9 +95,10 @@ class LeastLoadedDispatcher:
     Rank p of the group owns experts p * L to (p + 1) * L - 1. Combine weights stay with the source.
     """
 
-    def __init__(self, group: dist.ProcessGroup, config: LeastLoadedConfig) -> None:
+    def __init__(self, group: dist.ProcessGroup, config: LeastLoadedConfig, fused: bool = False) -> None:
         self.group = group
         self.config = config
+        self.fused = fused
         self.num_ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
@@ -110,7 +111,7 @@ class LeastLoadedDispatcher:
         route: Route = context.once("spill", lambda: self._route(routing))
         packed = routing.reordered(route.order_N, route.inverse_N)
         there = RowExchange([route.sent], [route.received], self.group)
-        tokens = there.start_all(gather_rows(x_TD, packed.token_N, packed.slot_TK))
+        tokens = there.start_all(gather_rows(x_TD, packed.token_N, packed.slot_TK, self.fused))
         back = there.way_back()
         part = ExchangePart(
             index=0, there=there, back=back, arrived=lambda: route.arrived, host_counts=route.host_counts
@@ -126,7 +127,8 @@ class LeastLoadedDispatcher:
         """Wait for what the experts return, then the weighted sum of each token's slots: (T, D)."""
         rows_ND = ticket.back.wait_all(rows)
         packed = routing.reordered(ticket.route.order_N, ticket.route.inverse_N)
-        return combine_rows(rows_ND, packed.weights(), packed.token_N, packed.slot_TK, ticket.num_tokens, added)
+        weight_N, num_tokens = packed.weights(), ticket.num_tokens
+        return combine_rows(rows_ND, weight_N, packed.token_N, packed.slot_TK, num_tokens, added, self.fused)
 
     def plan(self, count_PE: Integers) -> SpillPlan:
         """The plan for the rows (P, E) that each rank has for each expert."""

@@ -141,11 +141,11 @@ class TwoHopDispatcher:
     slot has a row of its own. Which tokens share a row depends on their values, and so does the number of rows.
     """
 
-    def __init__(self, across: dist.ProcessGroup, within: dist.ProcessGroup) -> None:
+    def __init__(self, across: dist.ProcessGroup, within: dist.ProcessGroup, fused: bool = False) -> None:
         """The groups of this rank: `across` nodes, ranks of the same place in each; `within` its own node."""
         self.across = across
         self.num_nodes = dist.get_world_size(across)
-        self.inner = AllToAllDispatcher(within)
+        self.inner = AllToAllDispatcher(within, fused=fused)
 
     def dispatch(self, x_TD: Tensor, routing: Routing, context: LayerContext) -> tuple[list[Tensor], TwoHopTicket]:
         """Start the rows of (T, D) on their way over the network.
@@ -153,7 +153,7 @@ class TwoHopDispatcher:
         An expert takes its rows in the order of the source's place in its node, then of nodes, then of slots.
         """
         plan: _Plan = context.once("node_plan", lambda: self._plan(routing, x_TD.shape[0]))
-        rows_UD = gather_rows(x_TD, plan.token_U, plan.row_TJ)
+        rows_UD = gather_rows(x_TD, plan.token_U, plan.row_TJ, self.inner.fused)
         at_node = self._send_slots(routing, plan)  # before the rows: it is small, and waited for at once
         there = RowExchange([plan.sent_rows], [plan.received_rows], self.across)
         tokens = there.start_all(rows_UD)
@@ -168,7 +168,7 @@ class TwoHopDispatcher:
         """Wait for the weighted sums of each node, then the sum over nodes: (T, D)."""
         plan, sum_UD = ticket.plan, ticket.back.wait_all(rows)
         one_U = torch.ones_like(plan.token_U, dtype=routing.weights().dtype)
-        return combine_rows(sum_UD, one_U, plan.token_U, plan.row_TJ, ticket.num_tokens, added)
+        return combine_rows(sum_UD, one_U, plan.token_U, plan.row_TJ, ticket.num_tokens, added, self.inner.fused)
 
     def _send_slots(self, routing: Routing, plan: _Plan) -> Routing:
         """The slots for experts of this node, of the same rail in all nodes, as a routing of the arrived rows."""

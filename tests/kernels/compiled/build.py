@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +112,23 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 def compile_all(jobs: list[Job]) -> dict[str, Resources | str]:
     """By name; the end of the error message for what does not compile."""
-    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return dict(zip([job.name for job in jobs], pool.map(_try, jobs)))
+    names = [job.name for job in jobs]
+    try:
+        with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            return dict(zip(names, pool.map(_try, jobs)))
+    except BrokenProcessPool:  # a compiler that crashed: who was it?
+        return {job.name: _try_apart(job) for job in jobs}
 
 
 def _try(job: Job) -> Resources | str:
-    # In a process of its own, so that a compiler that crashes takes nothing else with it.
+    try:
+        return compile_job(job)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip()[-500:]}"
+
+
+def _try_apart(job: Job) -> Resources | str:
+    """In a process of its own, so that a compiler that crashes takes nothing else with it."""
     code = f"from tests.kernels.compiled.build import *\nprint(repr(compile_job({job!r})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return eval(done.stdout) if done.returncode == 0 else done.stderr.strip()[-500:]
@@ -142,5 +155,5 @@ if __name__ == "__main__":
 
     for job in all_jobs():
         if all(word in job.name for word in sys.argv[1:]):
-            made = _try(job)
+            made = _try_apart(job)
             print(f"{job.name:60}", made if isinstance(made, Resources) else "", *faults(job, made), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from moe_kernels.choice import AMPERE, GATHERED, SPECIALIZED, KernelConfig, Tile
 from moe_kernels.triton_support import SPECIALIZES
 from tests.kernels.compiled.build import Job
+from tests.kernels.compiled.router_kernels import compilations
 
 QWEN3 = {"D": 2048, "F": 768, "E": 128}
 DEEPSEEK = {"D": 2048, "F": 1408, "E": 64}
@@ -67,10 +68,12 @@ def weight(
     )  # fmt: skip
 
 
-def jobs_of(config: KernelConfig, shape: dict[str, int], label: str, capability: int = 90) -> list[Job]:
-    """All forms in which a configuration is launched: rows gathered, or in order after a copy or an exchange."""
+def jobs_of(
+    config: KernelConfig, shape: dict[str, int], label: str, capability: int = 90, every_form: bool = False
+) -> list[Job]:
+    """The forms in which a configuration is launched in training without an exchange; or every form."""
     d, f, e = shape["D"], shape["F"], shape["E"]
-    gathered = [False] if config.copy_rows else [True, False]
+    gathered = [not config.copy_rows, *([False] if every_form and not config.copy_rows else [])]
     found = []
     assert config.up is not None
     assert config.down is not None
@@ -80,16 +83,15 @@ def jobs_of(config: KernelConfig, shape: dict[str, int], label: str, capability:
     assert config.add_weight is not None
     for g in gathered:
         found.append(up(f"{label} up gather={g}", config.up, shape, g, capability))
-        for w in (True, False):
-            found.append(
-                hidden(f"{label} grad_hidden gather={g} weighted={w}", config.grad_hidden, shape, g, w, capability)
-            )
+        for w in (True, False) if every_form else (True,):
+            name = f"{label} grad_hidden gather={g} weighted={w}"
+            found.append(hidden(name, config.grad_hidden, shape, g, w, capability))
         for add, tile in ((False, config.grad_weight), (True, config.add_weight)):
             left, right = ("left", "right") if g else ("none", "none")
             name = f"gather={g} add={add}"
             found.append(weight(f"{label} grad_down {name}", tile, d, f, e, left, add, capability))
             found.append(weight(f"{label} grad_up {name}", tile, 2 * f, d, e, right, add, capability))
-    for scatter in (False, True):
+    for scatter in (False, True) if every_form else (False,):
         name = f"scatter={scatter}"
         found.append(rows(f"{label} down {name}", config.down, f, d, True, scatter, capability))
         found.append(rows(f"{label} grad_rows {name}", config.grad_rows, 2 * f, d, False, scatter, capability))
@@ -105,6 +107,10 @@ def memory_bound(capability: int) -> list[Job]:
         constants = {"D": 2048, "K": top_k, "WEIGHTED": top_k != 1, "ADDED": terms, "BLOCK": 2048}
         found.append(Job(f"combine K={top_k} sm{capability}", "moe_kernels.combine", "combine_kernel", types, constants,
                          4, 3, capability, uses_tensor_cores=False))  # fmt: skip
+    types = {"grad_ptr": "*bf16", "rows_ptr": "*bf16", "weight_ptr": "*fp32", "token_ptr": "*i64",
+             "grad_rows_ptr": "*bf16", "grad_weight_ptr": "*fp32"}  # fmt: skip
+    found.append(Job(f"grad combine sm{capability}", "moe_kernels.combine", "grad_combine_kernel", types,
+                     {"D": 7168, "BLOCK": 8192}, 8, 3, capability, uses_tensor_cores=False))  # fmt: skip
     types = {"end_ptr": "*i32", "tile_ptr": "*i32", "num_tiles": "i32", "num_rows": "i32"}
     constants = {"E": 384, "BLOCK_E": 512, "ROWS": 128, "T": 64}
     found.append(Job(f"row tiles sm{capability}", "moe_kernels.tiles", "_row_tiles_kernel", types, constants, 4, 3,
@@ -114,11 +120,13 @@ def memory_bound(capability: int) -> list[Job]:
 
 def all_jobs() -> list[Job]:
     """Everything that is shipped."""
-    jobs = [job for capability in (80, 90, 100) for job in memory_bound(capability)]
-    for name, shape in (("qwen3", QWEN3), ("deepseek", DEEPSEEK), ("deepseek 2b", DEEPSEEK_2B)):
+    jobs = [job for capability in (80, 90, 100) for job in memory_bound(capability)] + compilations()
+    jobs += jobs_of(GATHERED, QWEN3, "gathered qwen3 sm90", every_form=True)
+    for name, shape in (("deepseek", DEEPSEEK), ("deepseek 2b", DEEPSEEK_2B)):
         jobs += jobs_of(GATHERED, shape, f"gathered {name} sm90")
-        if SPECIALIZES:
-            jobs += jobs_of(SPECIALIZED, shape, f"specialized {name} sm90")
+    if SPECIALIZES:
+        jobs += jobs_of(SPECIALIZED, QWEN3, "specialized qwen3 sm90", every_form=True)
+        jobs += jobs_of(SPECIALIZED, DEEPSEEK_2B, "specialized deepseek 2b sm90")
     jobs += jobs_of(GATHERED, QWEN3, "gathered qwen3 sm100", 100)
     jobs += jobs_of(AMPERE, QWEN3, "ampere qwen3 sm80", 80)
     return jobs

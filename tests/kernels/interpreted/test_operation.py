@@ -83,7 +83,7 @@ def test_operators_are_described_for_tracing():
     """`torch.library.opcheck`: the fake implementations give the shapes, types and strides of the real ones, and what
     an operator writes is declared; otherwise compiled graphs would compute something else."""
     from moe_kernels.choice import INTERPRETER
-    from moe_kernels.combine import _combine
+    from moe_kernels.combine import _combine, _grad_combine
     from moe_kernels.expert_rows import _expert_rows
     from moe_kernels.grad_hidden import _grad_hidden
     from moe_kernels.grad_weight import _grad_weight
@@ -101,6 +101,7 @@ def test_operators_are_described_for_tracing():
     torch.library.opcheck(_grad_hidden, (x, token_N, weight, down, hidden, end_E, numbers), test_utils=tests)
     out = torch.zeros(5, 32, 48)
     torch.library.opcheck(_grad_weight, (x, token_N, activation, None, end_E, out, True, numbers), test_utils=tests)
+    torch.library.opcheck(_grad_combine, (x, x[token_N.long()], weight, token_N), test_utils=tests)
     torch.library.opcheck(_combine, (hidden, weight, case.slot_TK.int(), None, len(x), []), test_utils=tests)
 
 

@@ -18,8 +18,10 @@ from moe_kernels.expert_rows import expert_rows, expert_rows_reference
 from moe_kernels.grad_hidden import grad_hidden, grad_hidden_reference
 from moe_kernels.grad_weight import grad_weight, grad_weight_reference
 from moe_kernels.grouped import Groups
+from moe_kernels.permute import combine_rows, gather_rows
 from moe_kernels.tiles import most_tiles, row_tiles, row_tiles_reference
 from moe_kernels.up_projection import up_projection, up_projection_reference
+from tests.kernels.examples import operands, relative_error
 
 COUNTS = st.lists(st.integers(0, 24), min_size=1, max_size=4).filter(sum)
 # Sums of at most 48 products of numbers near 1, in another order: some 1e-7 of the norm each.
@@ -152,6 +154,23 @@ def test_combine(tokens, top_k, weighted, terms, dim):
     assert (got - wanted).norm() <= CLOSE * (1 + wanted.norm())
 
 
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_packing_and_combining_around_an_exchange(fixed, dtype):
+    """The same functions by kernels and in plain torch, both ways: a row packed for the wrong slot, a combine weight's
+    gradient of another slot, a sum rounded before it is complete. float32: 1e-6; float16: one rounding, 2^-11."""
+    case = operands("top-k" if fixed else "dropped slots", tokens=21, dim=40)
+    results = []
+    for fused in (True, False):
+        x, _, _, weight, added = case.cast(dtype)
+        rows = gather_rows(x, case.token_N, case.slot_TK, fused)
+        out = combine_rows(rows * 2, weight, case.token_N, case.slot_TK, len(x), [added], fused)
+        wanted = [x, weight, added]
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), wanted)])
+    for got, plain in zip(*results, strict=True):
+        check(got.float(), plain.float(), 1e-6 if dtype is torch.float32 else 4 * 2**-11)
+
+
 def test_gather_is_a_copy():
     """To the last bit."""
     rows, index = draw(9, 40), torch.tensor([8, 0, 0, 3], dtype=torch.int32)
@@ -190,7 +209,6 @@ def test_configurations_agree(name):
     """Kernels and plain torch may be mixed product by product: what one leaves must be what the next expects."""
     from moe_kernels.choice import Entry
     from moe_kernels.moe_mlp import moe_mlp, moe_mlp_reference
-    from tests.kernels.examples import operands, relative_error
 
     case = operands("top-k", tokens=21, dim=32, hidden=48)
     table = (Entry("cpu", "float32", 32, 48, 5, 15, ExpertKernel.triton, CONFIGS[name]),)
