@@ -165,7 +165,7 @@ def test_a_kernel_that_cannot_run_is_refused():
     TokenChoiceConfig().check_device("cpu", torch.float32)
     with pytest.raises(ValueError, match=r"router.kernel=triton cannot run: .*; set router.kernel=torch"):
         config.check_device("cpu", torch.float32)
-    with pytest.raises(ValueError, match="at most 16 of 512 experts, not router.top_k=4 of moe.num_experts=513"):
+    with pytest.raises(ValueError, match=r"at most 16 of 512 experts, not router.top_k=4 of moe.num_experts=513"):
         config.check_experts(513)
-    with pytest.raises(ValueError, match="not router.top_k=17"):
+    with pytest.raises(ValueError, match=r"not router.top_k=17"):
         TokenChoiceConfig(kernel=RouterKernel.triton, top_k=17).check_experts(64)

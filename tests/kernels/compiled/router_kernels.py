@@ -8,7 +8,9 @@ from moe_kernels.triton_support import block_of
 from tests.kernels.compiled.build import Job
 
 
-def topk(name: str, experts: int, groups: int, top_k: int, sigmoid: bool, biased: bool, capability: int) -> Job:
+def topk(
+    name: str, experts: int, groups: int, top_k: int, sigmoid: bool, biased: bool, capability: int, given: bool = False
+) -> Job:
     members = experts // groups
     block = block_of(groups) * block_of(members)
     return Job(
@@ -17,7 +19,7 @@ def topk(name: str, experts: int, groups: int, top_k: int, sigmoid: bool, biased
          "expert_ptr": "*i64", "unbiased_ptr": "*i64", "count_ptr": "*i32", "num_tokens": "i32"},
         {"E": experts, "M": members, "BLOCK_G": block_of(groups), "BLOCK_M": block_of(members), "K": top_k,
          "BLOCK_K": block_of(top_k), "TOP_GROUPS": max(groups // 2, 1), "GROUP_BEST": 2 if groups > 1 else 1,
-         "SIGMOID": sigmoid, "NORMALIZE": True, "BIASED": biased, "GIVEN": False, "TILE": tile_tokens(top_k),
+         "SIGMOID": sigmoid, "NORMALIZE": True, "BIASED": biased, "GIVEN": given, "TILE": tile_tokens(top_k),
          "BINS": block_of(experts + 2), "ROWS": min(rows_of(block), tile_tokens(top_k))},
         4, 3, capability, uses_tensor_cores=False, unaligned=("num_tokens",),
     )  # fmt: skip
@@ -75,5 +77,6 @@ def compilations() -> list[Job]:
             found.append(topk(f"top-k {label}", experts, groups, top_k, sigmoid, biased, capability))
             found.append(topk_backward(f"top-k backward {label}", experts, top_k, capability))
             found += sort(f"sort {label}", experts, top_k, capability)
+        found.append(topk(f"weights of given experts sm{capability}", 128, 1, 8, False, False, capability, given=True))
         found.append(take_highest(f"take highest sm{capability}", capability))
     return found

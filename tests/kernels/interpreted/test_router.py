@@ -14,8 +14,8 @@ from moe_parallel.moe.routers.token_choice import RouterKernel, Score, TokenChoi
 from moe_parallel.moe.routing import ForwardContext, LayerContext, Replay
 
 DIM, TOKENS = 16, 24
-# A dozen float32 operations on numbers near 1, of which exponentials differ in the last bits.
-CLOSE = {"rtol": 2e-5, "atol": 2e-6}
+# Of the norm: float32, and exponentials that differ in the last bits. A term left out is 1e-2 of it.
+CLOSE = 1e-6
 
 CASES = {
     "softmax": ({"top_k": 2}, {}, {}),
@@ -28,6 +28,10 @@ CASES = {
     "second by chance": ({"top_k": 2, "normalize": True, "random_second": True}, {}, {}),
     "rounded": ({"top_k": 2}, {}, {"token_rounding": "nearest", "token_rounding_tile": 4}),
 }
+
+
+def check(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert (got - wanted).norm() <= CLOSE * wanted.norm()
 
 
 def layers(name: str) -> list[MoELayer]:
@@ -72,7 +76,7 @@ def test_layer_equals_plain_torch(name):
         loss = outs[0].square().sum() + outs[1]
         results.append([*outs, *torch.autograd.grad(loss, leaves)])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
+        check(a, b)
 
 
 def test_padding():
@@ -81,7 +85,7 @@ def test_padding():
     fused, plain = layers("softmax")
     ctx = replace(context(), valid_T=valid_T)
     for a, b in zip(run(fused, inputs(), ctx), run(plain, inputs(), ctx)):
-        torch.testing.assert_close(a, b, **CLOSE)
+        check(a, b)
 
 
 def test_recompute_takes_the_first_choice(monkeypatch):
@@ -103,7 +107,7 @@ def test_recompute_takes_the_first_choice(monkeypatch):
     assert chosen[1].choice.fused
     assert chosen[1].choice.tile_count is not None
     for a, b in zip(got, wanted):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        check(a, b)
 
 
 def test_forced_balance_deals_out():
