@@ -49,7 +49,7 @@ class Tile:
     parts: int = 1
     """Pieces of columns in which the end of a tile is computed: more need fewer registers."""
     per_processor: int = 1
-    """Programs that a multiprocessor runs at once."""
+    """Programs that are started for each multiprocessor; they share the steps."""
 
     def numbers(self) -> list[int]:
         """As custom operators of torch take it."""

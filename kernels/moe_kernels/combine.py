@@ -39,6 +39,15 @@ def combine_reference(
 
 
 @jit
+def _weighted_row(rows_ptr, weight_ptr, slot_ptr, column, inside, D: tl.constexpr, WEIGHTED: tl.constexpr):
+    slot = tl.load(slot_ptr).to(tl.int64)
+    row = tl.load(rows_ptr + slot * D + column, inside, other=0.0).to(tl.float32)
+    if WEIGHTED:
+        row = row * tl.load(weight_ptr + slot)
+    return row
+
+
+@jit
 def combine_kernel(
     rows_ptr, weight_ptr, slot_ptr, first_ptr, added_ptr, more_ptr, out_ptr,
     D: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -49,15 +58,12 @@ def combine_kernel(
     inside = column < D
     total = tl.zeros((BLOCK,), tl.float32)
     if K == 0:
-        begin, end = tl.load(first_ptr + token), tl.load(first_ptr + token + 1)
+        for place in range(tl.load(first_ptr + token), tl.load(first_ptr + token + 1)):
+            total += _weighted_row(rows_ptr, weight_ptr, slot_ptr + place, column, inside, D, WEIGHTED)
     else:
-        begin, end = token * K, token * K + K
-    for place in range(begin, end):
-        slot = tl.load(slot_ptr + place).to(tl.int64)
-        row = tl.load(rows_ptr + slot * D + column, inside, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            row = row * tl.load(weight_ptr + slot)
-        total += row
+        for k in tl.static_range(K):  # unrolled: all rows are on their way at once
+            place = token.to(tl.int64) * K + k
+            total += _weighted_row(rows_ptr, weight_ptr, slot_ptr + place, column, inside, D, WEIGHTED)
     here = token.to(tl.int64) * D + column
     if ADDED > 0:
         total += tl.load(added_ptr + here, inside, other=0.0).to(tl.float32)

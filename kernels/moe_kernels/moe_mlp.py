@@ -138,8 +138,8 @@ def moe_mlp(
         token_N = torch.arange(x_TD.shape[0], dtype=torch.int32, device=x_TD.device)
         slot_TK = token_N.unsqueeze(1)
     # int32 halves what is kept for the backward pass.
-    integers = (None if index is None else index.to(torch.int32) for index in (token_N, slot_TK))
+    integers = (None if index is None else index.to(torch.int32).contiguous() for index in (token_N, slot_TK))
     end_E = count_E.cumsum(0, dtype=torch.int32)
     return _MoEMLP.apply(
-        x_TD, gate_up, down, weight_N, *integers, end_E, choice, host_counts, recompute, main_grad, *added
+        x_TD.contiguous(), gate_up, down, weight_N, *integers, end_E, choice, host_counts, recompute, main_grad, *added
     )

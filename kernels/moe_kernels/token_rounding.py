@@ -13,7 +13,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from moe_kernels.triton_support import jit, runs_triton, tl
+from moe_kernels.triton_support import jit, tl
 
 _BITS = 31
 _CHOSEN = 1 << 30
@@ -77,8 +77,7 @@ def take_highest_kernel(key_ptr, wanted_ptr, take_ptr, num_tokens, BLOCK: tl.con
             # Keys that agree in all digits before this one; -1 agrees with none, for keys have 31 bits.
             same = (key >= 0) & (((key ^ least) >> shift) < 256)
             digit = (key >> shift) & 255
-            in_bins = tl.histogram(tl.where(same, digit, 0), 256)
-            count += in_bins - tl.where(digits == 0, tl.sum((~same).to(tl.int32)), 0)
+            count += tl.histogram(tl.where(same, digit, 0), 256)  # how many have 0 is never asked
         reaching = tl.sum(count) - tl.cumsum(count, 0) + count  # keys with this digit or a higher one
         legal = (reaching >= left) & ((digits < 128) | (step > 0))  # 31 bits; all are legal where none is wanted
         digit = tl.max(tl.where(legal, digits, 0))
@@ -108,18 +107,24 @@ def _(key_ET, wanted_E):
     return torch.empty_like(key_ET, dtype=torch.bool)
 
 
-def take_highest(key_ET: Tensor, wanted_E: Tensor) -> Tensor:
+def take_highest(key_ET: Tensor, wanted_E: Tensor, fused: bool = False) -> Tensor:
     """bool (E, T): of each row its `wanted_E` highest keys, the first of equal ones.
 
     Args:
         key_ET: int32, contiguous; a negative one is never taken.
         wanted_E: int64; at most the number of keys that are not negative.
+        fused: by a Triton kernel; the same result.
     """
-    return _take_highest(key_ET, wanted_E) if runs_triton(key_ET) else take_highest_reference(key_ET, wanted_E)
+    return _take_highest(key_ET, wanted_E) if fused else take_highest_reference(key_ET, wanted_E)
 
 
 def round_tokens(
-    score_TE: Tensor, expert_TK: Tensor, tile: int, how: Rounding, valid_T: Tensor | None = None
+    score_TE: Tensor,
+    expert_TK: Tensor,
+    tile: int,
+    how: Rounding,
+    valid_T: Tensor | None = None,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The slots that experts compute, their number a multiple of `tile` for each.
 
@@ -127,6 +132,7 @@ def round_tokens(
         score_TE: in 0..1; compared in float32.
         expert_TK: int64, the experts that each token chose; E marks a slot that is not used.
         valid_T: bool; False for tokens that no expert takes, which must have unused slots only. None takes all.
+        fused: search by a Triton kernel.
     Returns:
         expert_N: int64, ascending; within an expert tokens ascend.
         token_N: int64.
@@ -136,6 +142,6 @@ def round_tokens(
     chosen_TE = torch.zeros(num_tokens, num_experts + 1, dtype=torch.bool, device=score_TE.device)
     chosen_TE = chosen_TE.scatter_(1, expert_TK, True)[:, :num_experts]
     wanted_E = rounded_counts(chosen_TE.sum(0), num_tokens if valid_T is None else valid_T.sum(), tile, how)
-    take_ET = take_highest(_keys(score_TE, chosen_TE, valid_T), wanted_E)
+    take_ET = take_highest(_keys(score_TE, chosen_TE, valid_T), wanted_E, fused)
     expert_N, token_N = take_ET.nonzero(as_tuple=True)  # a wait for the device: the number of slots is data here
     return expert_N, token_N, (chosen_TE.T & ~take_ET).sum()

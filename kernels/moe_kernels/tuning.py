@@ -186,7 +186,7 @@ def candidates(product: str, config: KernelConfig, copies: bool) -> list[Tile]:
     if INTERPRETED:
         return [first, replace(first, depth=32)]
     if product == "up":
-        sizes = [(128, 64), (64, 128), (128, 128)]
+        sizes = [(128, 64), (64, 64), (64, 128), (128, 128)]
     elif product == "grad_hidden":
         sizes = [(128, 128), (64, 256), (64, 128)]
     else:
@@ -196,11 +196,13 @@ def candidates(product: str, config: KernelConfig, copies: bool) -> list[Tile]:
         for rows, columns in sizes
         for stages in (3, 4)
     ]
+    # More programs than run at once leave it to the device to fill in for those that wait.
+    crowded = [replace(tile, per_processor=count) for tile in plain for count in (2, 64) if tile.stages == 3]
     alone = []
     if copies and SPECIALIZES and product not in ("grad_hidden", "add_weight"):
         sizes = [(128, 128), (128, 64)] if product == "up" else wide
         alone = [Tile(r, c, 64, warps=4, stages=stages, specialize=True) for r, c in sizes for stages in (3, 4)]
-    return list(dict.fromkeys([first, *plain, *alone]))
+    return list(dict.fromkeys([first, *plain, *crowded, *alone]))
 
 
 def _calls(o: Operands, copies: bool) -> dict[str, Callable[[Tile | None], Sequence[Tensor | None]]]:

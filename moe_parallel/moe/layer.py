@@ -277,7 +277,7 @@ class MoELayer(nn.Module):
             raise ValueError("moe.token_rounding needs a router that returns Routed.score_TE and Routed.weigh")
         score_TE, how, tile = routed.score_TE.detach(), self.config.token_rounding, self.config.token_rounding_tile
         expert_N, token_N, dropped = context.once(
-            "rounded", lambda: round_tokens(score_TE, choice.expert, tile, how, context.valid_T)
+            "rounded", lambda: round_tokens(score_TE, choice.expert, tile, how, context.valid_T, choice.fused)
         )
         rounded = Choice(expert_N, token_N, fused=choice.fused)
         return rounded, routed.weigh(rounded), dropped

@@ -43,7 +43,7 @@ def node_size(config: TwoHopConfig, ep: int) -> int:
     """Ranks of a node that the options or the launcher give, checked against `ep`. Needs no process group."""
     ranks_per_node, given = config.ranks_per_node, f"dispatch.ranks_per_node={config.ranks_per_node}"
     if ranks_per_node is None:
-        ranks_per_node = launch.ranks_per_node()
+        ranks_per_node, given = launch.ranks_per_node(), "dispatch.ranks_per_node=null"
         if ranks_per_node is None:
             raise ValueError(f"{given} takes the ranks of each host, which this launcher does not say; give a number")
         given = f"{given} takes the {ranks_per_node} ranks that the launcher starts on each host, which"
