@@ -8,6 +8,7 @@ routers give a token as many experts as it reaches.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,9 +132,29 @@ def _grouped_product(left: Any, right: Any, *_: Any, **__: Any) -> int:
     return 2 * left[0] * left[1] * right[-1]
 
 
-_aten = torch.ops.aten
+def _up_projection(x, index, gate_up, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(out_shape[0]) * gate_up[2]
+
+
+def _expert_rows(rows, weight, *args, **kwargs) -> int:
+    return 2 * rows[0] * weight[1] * weight[2]
+
+
+def _grad_hidden(grad, index, weight, down, hidden, *args, **kwargs) -> int:
+    return 2 * hidden[0] * down[1] * down[2]
+
+
+def _grad_weight(left, left_index, right, right_index, end, out, *args, **kwargs) -> int:
+    return 2 * (left if left_index is None else left_index)[0] * out[1] * out[2]
+
+
+_aten, _kernels = torch.ops.aten, torch.ops.moe_kernels
 _FORMULAS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
     _aten._grouped_mm: _grouped_product,
+    _kernels.up_projection: _up_projection,
+    _kernels.expert_rows: _expert_rows,
+    _kernels.grad_hidden: _grad_hidden,
+    _kernels.grad_weight: _grad_weight,
 }

@@ -104,8 +104,9 @@ def test_measured_products_are_the_analytic_ones(here: Launch, overrides: tuple[
     batches = [make_batch([[32]] * rows, 32, 257, first=first) for first in range(0, 2, rows)]
     found = {str(operation): flops for operation, flops in measured.training_flops(engine, batches, 0).items()}
     counts = count_parameters(shape)
-    weights = (counts.head or counts.embedding) + counts.matrices + counts.routed_active + counts.repeated
-    assert found.pop("aten.mm") == 2 * 64 * weights * (forwards + 2)
+    layers, head = counts.matrices + counts.routed_active + counts.repeated, counts.head or counts.embedding
+    # A forward pass that only counts ends before the head.
+    assert found.pop("aten.mm") == 2 * 64 * (layers * (forwards + 2) + head * 3)
     attention = found.pop("aten._scaled_dot_product_flash_attention_for_cpu")
     if "attention=mla" not in overrides:  # two products of whole squares in each sequence; heads together are dim wide
         assert attention == shape.model.num_layers * 2 * 2 * 2 * 32 * 32 * shape.model.dim * forwards

@@ -122,3 +122,18 @@ def test_traced_as_one_graph():
         out = fn(*leaves)
         results.append([out.detach(), *torch.autograd.grad(out, leaves, upstream(out))])
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_products_are_counted():
+    """Would catch: experts that cost nothing where kernels compute them; arms are compared at equal FLOPs. Exact."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from moe_parallel.measured import _FORMULAS
+
+    case = operands("top-k", tokens=21, dim=32, hidden=48)
+    totals = []
+    for how in (ExpertKernel.triton, ExpertKernel.loop):
+        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+            ours(case, torch.float32, how=how)
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] == 3 * 2 * 42 * 3 * 48 * 32
