@@ -10,14 +10,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from enum import Enum
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_kernels.triton_support import HAS_TRITON, INTERPRETED
+from moe_kernels.triton_support import HAS_TRITON, INTERPRETED, SPECIALIZES
 
 
 class ExpertKernel(str, Enum):
@@ -28,7 +27,8 @@ class ExpertKernel(str, Enum):
     triton = "triton"
     """Kernels of this project: gather, products, activation and combine fused; bf16 or fp16 on a GPU."""
     grouped_mm = "grouped_mm"
-    """`torch.nn.functional.grouped_mm`: one kernel a product, counts stay on the device; rows of 16 bytes."""
+    """`torch.nn.functional.grouped_mm`; rows of 16 bytes. In bf16 on Hopper and Blackwell one kernel a product, whose
+    counts stay on the device."""
     loop = "loop"
     """One matmul an expert. Any type and size; needs the counts on the host."""
 
@@ -82,6 +82,11 @@ class KernelConfig:
     """The sum of a token's slots by a kernel, in one order."""
     copy_rows: bool = False
     """Copy gathered rows into the order of experts before the products, instead of gathering them within."""
+
+    @property
+    def specialized(self) -> bool:
+        """Some product gives its warps roles."""
+        return any(isinstance(tile, Tile) and tile.specialize for tile in vars(self).values())
 
     @property
     def gathers(self) -> bool:
@@ -197,10 +202,9 @@ SHIPPED = tuple(e for path in sorted((Path(__file__).parent / "tuned").glob("*.j
 """What was measured on machines of this project: the files beside this one."""
 
 
-@cache
 def device_name(device: torch.device) -> str:
     """As tables name it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return torch.cuda.get_device_properties(device).name if device.type == "cuda" else device.type
 
 
 @dataclass(frozen=True)
@@ -249,14 +253,24 @@ def choose(how: ExpertKernel, problem: Problem, table: tuple[Entry, ...] | None 
 
 
 def _nearest(table: tuple[Entry, ...], problem: Problem) -> Entry | None:
-    """The entry of this shape whose number of rows is nearest, as a ratio."""
+    """The entry of these widths whose number of experts, then of rows, is nearest, as a ratio.
+
+    Chunks of an exchange and borrowed experts make the number of experts vary; the tiles do not depend on it.
+    """
     if not table:
         return None
     kind = str(problem.dtype).removeprefix("torch.")
-    shape = (device_name(problem.device), kind, problem.dim, problem.expert_dim, problem.num_experts)
-    same = [e for e in table if (e.device, e.dtype, e.dim, e.expert_dim, e.num_experts) == shape]
-    rows = max(problem.num_rows / problem.num_experts, 1)
-    return min(same, key=lambda e: max(e.rows_per_expert / rows, rows / e.rows_per_expert), default=None)
+    shape = (device_name(problem.device), kind, problem.dim, problem.expert_dim)
+    same = [e for e in table if (e.device, e.dtype, e.dim, e.expert_dim) == shape]
+    if not SPECIALIZES:  # measured with another Triton; this one cannot compile them
+        same = [e for e in same if not e.config.specialized]
+    rows, experts = max(problem.num_rows / problem.num_experts, 1), problem.num_experts
+
+    def distance(entry: Entry) -> tuple[float, float]:
+        by_experts = max(entry.num_experts / experts, experts / entry.num_experts)
+        return by_experts, max(entry.rows_per_expert / rows, rows / entry.rows_per_expert)
+
+    return min(same, key=distance, default=None)
 
 
 def _unmeasured(problem: Problem) -> Choice:
@@ -264,8 +278,11 @@ def _unmeasured(problem: Problem) -> Choice:
     if problem.device.type != "cuda":
         return Choice(ExpertKernel.loop, PLAIN, "no measurement of this shape, so the loop")
     why = refusal(ExpertKernel.grouped_mm, problem)
-    if why is not None or problem.dtype is torch.float32:
-        return Choice(ExpertKernel.loop, PLAIN, f"no measurement of this shape, and {why or 'float32'}, so the loop")
+    # Elsewhere torch copies the counts to the host for every product and loops: the loop does that once.
+    fast = problem.dtype is torch.bfloat16 and torch.cuda.get_device_capability(problem.device) in ((9, 0), (10, 0))
+    if why is not None or not fast:
+        why = why or "torch has no grouped kernel for this type and device"
+        return Choice(ExpertKernel.loop, PLAIN, f"no measurement of this shape, and {why}, so the loop")
     return Choice(ExpertKernel.grouped_mm, PLAIN, "no measurement of this shape, so torch's own kernel")
 
 

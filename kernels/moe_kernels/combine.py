@@ -123,12 +123,14 @@ def combine(
         weight_N: one a slot; None for ones.
         token_N: the token of each slot.
         slot_TK: the places of each token's slots when every token has exactly K of them, else None.
-        added: (T, D) each, two at most; added to the sum before it is rounded.
+        added: (T, D) each; added to the sum before it is rounded.
         fused: one Triton kernel that reads every row once, in one order; else in plain torch, where a list of slots is
             summed on a GPU in no fixed order.
     """
     if not fused:
         return combine_reference(rows_ND, weight_N, token_N, slot_TK, num_tokens, added)
+    if len(added) > 2:  # the kernel takes two
+        added = [added[0], torch.stack(list(added[1:])).sum(0)]
     if slot_TK is not None:
         return _combine(rows_ND, weight_N, slot_TK, None, num_tokens, list(added))
     sorted_N, slot_N = token_N.sort(stable=True)

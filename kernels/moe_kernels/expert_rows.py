@@ -72,7 +72,7 @@ def _expert_rows(
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             DEPTH=tile.depth,
-            SPECIALIZE=tile.specialize,
+            SPECIALIZE=tile.specialize and inner > tile.depth,  # one step of the sum leaves nothing to overlap
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -49,7 +49,7 @@ def grad_weight_kernel(
             left_rows = tl.make_tensor_descriptor(left, [end, A], [A, 1], [DEPTH, ROWS])
             right_rows = tl.make_tensor_descriptor(right, [end, B], [B, 1], [DEPTH, COLUMNS])
         for first in range(start, end, DEPTH):
-            # Rows of the next expert count for nothing as long as one of the operands is zero there.
+            # Finite rows of the next expert count for nothing as long as one of the operands is zero there.
             row = first + tl.arange(0, DEPTH)
             if SPECIALIZE:
                 lefts = left_rows.load([first, m * ROWS])
@@ -110,7 +110,10 @@ def _grad_weight(
     else:
         left, right = left_TA, descriptor(right_TB, (tile.depth, tile.columns))
     most = num_experts * triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.columns)
-    grad_weight_kernel[(num_programs(out_EAB.device, most, tile.per_processor),)](
+    # A program has memory for one pair of descriptors. Those of a second step would be written while the loads of the
+    # first are still on their way: where descriptors are made in the kernel, a program has one step.
+    programs = most if specialize else num_programs(out_EAB.device, most, tile.per_processor)
+    grad_weight_kernel[(programs,)](
         left,
         left_N,
         right,

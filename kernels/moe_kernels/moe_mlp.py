@@ -65,12 +65,15 @@ class _MoEMLP(torch.autograd.Function):
         weight_tile = tiles.grad_weight if ctx.main_grad is None else tiles.add_weight
         grad_added = [grad_TD if needed else None for needed in ctx.needs_input_grad[11:]]
         grad_TD = grad_TD.contiguous()  # an expanded gradient (of a sum) has strides that kernels refuse
-        # Kernels may gather as they load. Otherwise a gathered copy serves both products that need it.
-        grad_rows, x_rows, index_N = grad_TD, x_TD, token_N
-        if not tiles.gathers:
-            grad_rows, x_rows, index_N = *(gather(t, token_N, tiles.combine) for t in (grad_TD, x_TD)), None
+        # Kernels may gather as they load. Otherwise rows are copied into order, one operand at a time.
+        index_N = token_N if tiles.gathers else None
+
+        def in_order(rows_TD: Tensor) -> Tensor:
+            return rows_TD if tiles.gathers else gather(rows_TD, token_N, tiles.combine)
+
         if hidden_N2F is None:
-            hidden_N2F, _ = up_projection(x_rows, index_N, gate_up, groups, tiles.up)
+            hidden_N2F, _ = up_projection(in_order(x_TD), index_N, gate_up, groups, tiles.up)
+        grad_rows = in_order(grad_TD)
         grad_hidden_N2F, activation_NF, grad_weight_N = grad_hidden(
             grad_rows, index_N, weight_N, down, hidden_N2F, groups, tiles.grad_hidden
         )
@@ -78,10 +81,11 @@ class _MoEMLP(torch.autograd.Function):
         grad_gate_up = grad_down = grad_x_TD = None
         if ctx.needs_input_grad[2] or main_down is not None:
             grad_down = grad_weight(grad_rows, index_N, activation_NF, None, groups, weight_tile, main_down)
-        del activation_NF
+        del activation_NF, grad_rows
         if ctx.needs_input_grad[1] or main_gate_up is not None:
-            grad_gate_up = grad_weight(grad_hidden_N2F, None, x_rows, index_N, groups, weight_tile, main_gate_up)
-        del grad_rows, x_rows
+            grad_gate_up = grad_weight(
+                grad_hidden_N2F, None, in_order(x_TD), index_N, groups, weight_tile, main_gate_up
+            )
         if ctx.needs_input_grad[0]:
             if _moves_rows(token_N, slot_TK):
                 grad_x_TD = expert_rows(grad_hidden_N2F, gate_up, groups, tiles.grad_rows, to_N=token_N)
@@ -134,9 +138,10 @@ def moe_mlp(
     """
     num_rows = x_TD.shape[0] if token_N is None else token_N.shape[0]
     choice = choose(how, Problem.of(x_TD, gate_up, num_rows), table)
-    if token_N is None and weight_N is not None:
+    if token_N is None and (weight_N is not None or added):
         token_N = torch.arange(x_TD.shape[0], dtype=torch.int32, device=x_TD.device)
         slot_TK = token_N.unsqueeze(1)
+    weight_N = None if weight_N is None else weight_N.contiguous()
     # int32 halves what is kept for the backward pass.
     integers = (None if index is None else index.to(torch.int32).contiguous() for index in (token_N, slot_TK))
     end_E = count_E.cumsum(0, dtype=torch.int32)

@@ -78,7 +78,7 @@ def combine_rows(
         added: tensors (T, D) that are added to the sum before it is rounded.
         fused: by a Triton kernel each way.
     """
-    return _CombineRows.apply(rows_ND.contiguous(), weight_N, token_N, slot_TK, num_tokens, fused, *added)
+    return _CombineRows.apply(rows_ND.contiguous(), weight_N.contiguous(), token_N, slot_TK, num_tokens, fused, *added)
 
 
 def chunk_order(count_PL: Tensor, total: int) -> Tensor:

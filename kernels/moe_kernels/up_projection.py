@@ -85,7 +85,7 @@ def _up_projection(
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             DEPTH=tile.depth,
-            SPECIALIZE=tile.specialize,
+            SPECIALIZE=tile.specialize and dim > tile.depth,  # one step of the sum leaves nothing to overlap
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -210,20 +210,51 @@ def entry(rows: int, how: ExpertKernel, **other) -> Entry:
 
 
 def test_a_table_decides_for_its_shape_and_the_nearest_number_of_rows():
-    """Another device's, type's or shape's entry, or that of a very different number of rows, must not decide. The
-    distance is a ratio: 300 rows are nearer to 1000 than to 64."""
+    """Another device's, type's or width's entry, or that of very different numbers of experts or rows, must not
+    decide. The distance is a ratio: 300 rows are nearer to 1000 than to 64. Half of the experts, as in a chunk of an
+    exchange, take what was measured for all."""
     table = (
         entry(64, ExpertKernel.loop),
         entry(1000, ExpertKernel.grouped_mm),
         entry(300, ExpertKernel.loop, dtype="float32"),
         entry(300, ExpertKernel.loop, device="NVIDIA H200"),
-        entry(300, ExpertKernel.loop, num_experts=8),
+        entry(300, ExpertKernel.loop, num_experts=64),
     )
     for rows, wanted in ((64, "loop"), (300, "grouped_mm"), (200, "loop"), (5000, "grouped_mm")):
         problem = Problem(torch.device("cpu"), torch.bfloat16, 64, 32, 4, 4 * rows)
         assert choose(ExpertKernel.auto, problem, table).how.value == wanted
+    chunk = Problem(torch.device("cpu"), torch.bfloat16, 64, 32, 2, 2 * 64)
+    assert choose(ExpertKernel.auto, chunk, table).why == "measured with 64 rows an expert"
     other = Problem(torch.device("cpu"), torch.bfloat16, 64, 48, 4, 256)
     assert "no measurement" in choose(ExpertKernel.auto, other, table).why
+
+
+def test_a_table_of_another_triton_is_not_followed(monkeypatch):
+    """Tiles with roles for warps were measured with a Triton that compiles them; another one would end the run."""
+    from moe_kernels import choice
+
+    roles = replace(entry(64, ExpertKernel.loop), config=SPECIALIZED)
+    problem = Problem(torch.device("cpu"), torch.bfloat16, 64, 32, 4, 256)
+    for able, wanted in ((True, "measured"), (False, "no measurement")):
+        monkeypatch.setattr(choice, "SPECIALIZES", able)
+        assert choose(ExpertKernel.auto, problem, (roles,)).why.startswith(wanted)
+
+
+def test_strides_and_terms_of_any_kind():
+    """Combine weights that lie apart in memory, more terms than a kernel takes, rows in order with a term. float64."""
+    case = operands("top-k")
+    x, gate_up, down, weight, added = case.cast(torch.float64)
+    apart = torch.stack([weight, weight + 1], dim=1)[:, 0]
+    terms = [added, 2 * added, 3 * added]
+    out = moe_mlp(x, gate_up, down, case.token_N, case.count_E, apart, case.slot_TK, added=terms)
+    torch.testing.assert_close(
+        out, moe_mlp_reference(x, gate_up, down, case.token_N, case.count_E, weight, terms), rtol=1e-12, atol=1e-12
+    )
+    ordered = operands("rows in order")
+    x, gate_up, down, _, added = ordered.cast(torch.float64)
+    out = moe_mlp(x, gate_up, down, None, ordered.count_E, added=[added])
+    wanted = moe_mlp_reference(x, gate_up, down, torch.arange(len(x)), ordered.count_E, added=[added])
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_a_table_reads_back(tmp_path):

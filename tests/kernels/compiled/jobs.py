@@ -9,6 +9,7 @@ from tests.kernels.compiled.router_kernels import compilations
 
 QWEN3 = {"D": 2048, "F": 768, "E": 128}
 DEEPSEEK = {"D": 2048, "F": 1408, "E": 64}
+SMALL = {"D": 64, "F": 8, "E": 3}
 DEEPSEEK_2B = {"D": 1280, "F": 856, "E": 64}
 
 
@@ -124,6 +125,7 @@ def all_jobs() -> list[Job]:
     jobs += jobs_of(GATHERED, QWEN3, "gathered qwen3 sm90", every_form=True)
     for name, shape in (("deepseek", DEEPSEEK), ("deepseek 2b", DEEPSEEK_2B)):
         jobs += jobs_of(GATHERED, shape, f"gathered {name} sm90")
+    jobs += jobs_of(GATHERED, SMALL, "gathered small sm90")
     if SPECIALIZES:
         jobs += jobs_of(SPECIALIZED, QWEN3, "specialized qwen3 sm90", every_form=True)
         jobs += jobs_of(SPECIALIZED, DEEPSEEK_2B, "specialized deepseek 2b sm90")

@@ -137,7 +137,7 @@ def test_a_specialized_grad_weight_reads_its_own_rows_only():
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(1, 12), st.integers(0, 3), st.booleans(), st.integers(0, 2), st.sampled_from([16, 40]))
+@given(st.integers(1, 12), st.integers(0, 3), st.booleans(), st.integers(0, 3), st.sampled_from([16, 40]))
 def test_combine(tokens, top_k, weighted, terms, dim):
     """Slots of the wrong token, a term that is not added, tokens without slots (top_k 0 stands for lists of any
     length), columns beyond the width."""
