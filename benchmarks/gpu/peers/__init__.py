@@ -17,6 +17,7 @@ __all__ = ["PEERS", "Peer", "Refused", "load", "unpacked_bundle", "use_bundle"]
 
 PEERS: dict[str, tuple[str, str]] = {
     "ours_triton": ("ours (triton)", "ours:OursTriton"),
+    "ours_copied": ("ours (triton, rows copied)", "ours:OursCopied"),
     "ours_grouped_mm": ("ours (grouped_mm)", "ours:OursGrouped"),
     "ours_loop": ("ours (loop)", "ours:OursLoop"),
     "sonic": ("SonicMoE", "sonic:Sonic"),

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.peers.base import Peer
-from moe_kernels.choice import ExpertKernel
+from moe_kernels.choice import Entry, ExpertKernel, device_name
 from moe_kernels.counting_sort import sort_slots
 from moe_kernels.moe_mlp import moe_mlp
+from moe_kernels.tuning import starting_config
 
 
 class _Ours(Peer):
@@ -19,10 +20,14 @@ class _Ours(Peer):
 
     how: ClassVar[ExpertKernel]
 
+    def table(self) -> tuple[Entry, ...] | None:
+        """Measured shapes to choose from; None takes the shipped ones."""
+        return None
+
     def forward(self, main: tuple[Tensor, Tensor] | None = None) -> Tensor:
         expert_TK, shape = self.inputs.expert_TK, self.inputs.case.shape
         gate_up, down = self.weights
-        order_N, count_E, place_N = sort_slots(expert_TK, shape.experts)
+        order_N, count_E, place_N = sort_slots(expert_TK, shape.experts, fused=self.how is ExpertKernel.triton)
         return moe_mlp(
             self.x_TD,
             gate_up,
@@ -32,6 +37,7 @@ class _Ours(Peer):
             weight_N=self.weight_TK.flatten()[order_N],
             slot_TK=place_N.view_as(expert_TK),
             how=self.how,
+            table=self.table(),
             main_grad=main,
         )
 
@@ -45,9 +51,24 @@ class _Ours(Peer):
 
 
 class OursTriton(_Ours):
-    """Kernels of this project."""
+    """Kernels of this project, with the tiles of the shipped table, or untuned ones that gather rows."""
 
     how = ExpertKernel.triton
+
+
+class OursCopied(_Ours):
+    """Kernels of this project, untuned, on rows that were copied into order: loaded by warps of their own on Hopper."""
+
+    how = ExpertKernel.triton
+
+    def table(self) -> tuple[Entry, ...] | None:
+        case, device = self.inputs.case, self.x_TD.device
+        if device.type != "cuda":
+            return None
+        shape, kind = case.shape, str(self.x_TD.dtype).removeprefix("torch.")
+        config = starting_config(device, copies=True)
+        sizes = (shape.dim, shape.expert_dim, shape.experts, 1)
+        return (Entry(device_name(device), kind, *sizes, ExpertKernel.triton, config),)
 
 
 class OursGrouped(_Ours):
