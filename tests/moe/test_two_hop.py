@@ -291,7 +291,7 @@ def test_node_size(monkeypatch):
     assert node_size(TwoHopConfig(), ep=8) == 4
     assert node_size(TwoHopConfig(ranks_per_node=2), ep=8) == 2
     with pytest.raises(
-        ValueError, match=r"=None takes the 4 ranks that the launcher starts .* does not divide parallel.ep=6"
+        ValueError, match=r"=null takes the 4 ranks that the launcher starts .* does not divide parallel.ep=6"
     ):
         node_size(TwoHopConfig(), ep=6)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
