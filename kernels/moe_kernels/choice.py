@@ -1,7 +1,7 @@
 """Which implementation computes the experts: looked up by device and shape, never tried out during training.
 
 A table holds what was measured (`scripts/tune_kernels.py` measures a shape and writes it). What is in no table is
-computed by torch: `grouped_mm` on a GPU, a loop over the experts elsewhere.
+computed by torch: `grouped_mm` where it is one kernel (bf16 on Hopper and Blackwell), else a loop over the experts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ExpertKernel(str, Enum):
     """How the products of the experts are computed."""
 
     auto = "auto"
-    """What a table says was fastest; else grouped_mm on a GPU, the loop on a CPU."""
+    """What a table says was fastest; else grouped_mm in bf16 on Hopper and Blackwell, and the loop elsewhere."""
     triton = "triton"
     """Kernels of this project: gather, products, activation and combine fused; bf16 or fp16 on a GPU."""
     grouped_mm = "grouped_mm"
@@ -199,7 +199,7 @@ def entry_values(entry: Entry, **measured: Any) -> dict[str, Any]:
 
 
 SHIPPED = tuple(e for path in sorted((Path(__file__).parent / "tuned").glob("*.json")) for e in read_table(path))
-"""What was measured on machines of this project: the files beside this one."""
+"""What was measured on machines of this project: files of the folder `tuned` beside this one. None yet."""
 
 
 def device_name(device: torch.device) -> str:
@@ -274,7 +274,7 @@ def _nearest(table: tuple[Entry, ...], problem: Problem) -> Entry | None:
 
 
 def _unmeasured(problem: Problem) -> Choice:
-    # On a CPU the loop is at least as fast as grouped_mm (measured, `docs/benchmarks.md`); a GPU would wait for counts.
+    # On a CPU both take the same time, and the loop takes every type; on a GPU it would wait for the counts.
     if problem.device.type != "cuda":
         return Choice(ExpertKernel.loop, PLAIN, "no measurement of this shape, so the loop")
     why = refusal(ExpertKernel.grouped_mm, problem)

@@ -25,10 +25,11 @@ class Groups:
 
     @staticmethod
     def of(end_E: Tensor, how: ExpertKernel, host_counts: Sequence[int] | None) -> Groups:
-        """Waits for the device only for a loop whose counts the host does not know."""
+        """A loop needs the counts on the host."""
         slices = None
         if how is ExpertKernel.loop:
-            ends = end_E.tolist() if host_counts is None else list(accumulate(host_counts))
+            assert host_counts is not None
+            ends = list(accumulate(host_counts))
             slices = tuple(slice(start, end) for start, end in zip([0, *ends], ends))
         return Groups(end_E, how, slices)
 

@@ -138,6 +138,8 @@ def moe_mlp(
     """
     num_rows = x_TD.shape[0] if token_N is None else token_N.shape[0]
     choice = choose(how, Problem.of(x_TD, gate_up, num_rows), table)
+    if choice.how is ExpertKernel.loop and host_counts is None:
+        host_counts = count_E.tolist()  # the one wait for the device, for both passes
     if token_N is None and (weight_N is not None or added):
         token_N = torch.arange(x_TD.shape[0], dtype=torch.int32, device=x_TD.device)
         slot_TK = token_N.unsqueeze(1)

@@ -208,7 +208,7 @@ def candidates(product: str, config: KernelConfig, copies: bool) -> list[Tile]:
 def _calls(o: Operands, copies: bool) -> dict[str, Callable[[Tile | None], Sequence[Tensor | None]]]:
     """Each product of the operation as a function of its tile; None computes it in plain torch."""
     how = ExpertKernel.loop if refusal(ExpertKernel.grouped_mm, _problem_of(o)) else ExpertKernel.grouped_mm
-    groups = Groups.of(o.end_E, how, None)
+    groups = Groups.of(o.end_E, how, o.count_E.tolist())
     index_N = None if copies else o.token_N
     x, grad = (gather(t, o.token_N, False) if copies else t for t in (o.x_TD, o.grad_TD))
     hidden, activation = up_projection(x, index_N, o.gate_up, groups, None)

@@ -196,7 +196,7 @@ def test_only_the_wanted_gradients_are_computed():
 
 
 def test_choice_on_a_cpu_is_the_loop():
-    """On a CPU grouped_mm is slower and knows no float64; the choice must not depend on the type there."""
+    """On a CPU grouped_mm is no faster and knows no float64; the choice must not depend on the type there."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         x, gate_up, *_ = operands("top-k").cast(dtype)
         choice = choose(ExpertKernel.auto, Problem.of(x, gate_up, 74), table=())
