@@ -6,7 +6,7 @@ slice of the vocabulary at a time: the forward pass keeps one number a token, an
 Slices of the vocabulary and not of the tokens, because each row of the weight's gradient is then one product over all
 tokens, written once: slices of tokens would need a float32 sum of the whole weight's size, which for a wide model is
 more than the logits were. The price is one more product with the head (8 instead of 6 FLOPs for each weight and token),
-0.3 to 3 percent of a step of the published models; what fits in one slice is kept and pays nothing.
+by FLOPs 0.3 to 3 percent of a step of the published models; what fits in one slice is kept and pays nothing.
 torch's own linear_cross_entropy (from 2.13 on) has that sum, and rounds a loss of bfloat16 inputs to bfloat16.
 """
 
