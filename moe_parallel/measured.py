@@ -24,10 +24,12 @@ from moe_data.prepare import bpe_trainer
 from moe_data.tokenizers import build_tokenizer
 from moe_parallel import launch
 from moe_parallel.checkpoint.checkpointer import Checkpointer
+from moe_parallel.checkpoint.state import TorchState
 from moe_parallel.engines.native import NativeEngine
 from moe_parallel.launch import Launch
 from moe_parallel.mesh import ParallelMesh
-from moe_parallel.options import architecture, check, load_config, plain_architecture
+from moe_parallel.options import architecture, load_config, plain_architecture
+from moe_parallel.relations import check
 from moe_parallel.run_folder import RunFolder, write_text_atomic
 
 
@@ -75,13 +77,13 @@ def _measure(run: Path, here: Launch) -> Measured:
     path = checkpointer.latest()
     if path is None:
         raise ValueError(f"{folder.checkpoints} has no complete checkpoint to measure; delete {run} and run it again")
-    checkpointer.load(path, engine.model, None, plain_architecture(shape))
+    checkpointer.load(path, TorchState(engine.model, None), plain_architecture(shape))
     train = config.train
     data = TrainingData(
         config.data, tokenizer, train.sequence_tokens, train.global_batch_sequences, seed, shape.vocab_size
     )
     micro_batches, size = train.micro_batches(1)
-    batches = [data.batch(0, index, 0, 1, size).to(here.device) for index in range(micro_batches)]
+    batches = [data.batch(0, index, 0, 1, size) for index in range(micro_batches)]
     flops = sum(training_flops(engine, batches, train.steps - 1).values())
     validation = ValidationData(config.data, tokenizer, train.sequence_tokens, shape.vocab_size)
     share = {domain: _shares(engine, validation, domain, size) for domain in validation.domains}
@@ -95,7 +97,7 @@ def _measure(run: Path, here: Launch) -> Measured:
 def training_flops(engine: NativeEngine, batches: list[TokenBatch], step: int) -> dict[Any, int]:
     """FLOPs of a step's forward and backward pass, counted while it runs, by operation. Leaves gradients behind."""
     targets, valid = sum(batch.num_targets for batch in batches), sum(batch.num_valid for batch in batches)
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         engine.forward_backward(batches, step, targets, valid)
     return dict(counter.get_flop_counts()["Global"])
 
@@ -104,7 +106,7 @@ def _shares(engine: NativeEngine, validation: ValidationData, domain: str, rows:
     """Share of each expert in the slots of a domain, for each pass."""
     count_LE = engine.zero_sums().count_LE
     for batch in validation.batches(domain, 0, 1, rows):
-        count_LE += engine.evaluate(batch.to(engine.device)).count_LE
+        count_LE += engine.evaluate(batch).count_LE
     return (count_LE / count_LE.sum(-1, keepdim=True).clamp(min=1)).cpu()
 
 
@@ -149,7 +151,7 @@ def _grad_weight(left, left_index, right, right_index, end, out, *args, **kwargs
 
 
 _aten, _kernels = torch.ops.aten, torch.ops.moe_kernels
-_FORMULAS = {
+FORMULAS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
     _aten._grouped_mm: _grouped_product,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,17 +82,22 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters. Frozen parameters are absent: no state, no decay."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    return adamw(parameter_groups([(p, p.ndim) for p in model.parameters() if p.requires_grad], config), config)
+
+
+def parameter_groups(parameters: list[tuple[nn.Parameter, int]], config: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by what they have of weight decay; each comes with the dimensions of the whole of it."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p, dimensions in parameters if dimensions >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p, dimensions in parameters if dimensions < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """The optimizer of these groups."""
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=True,
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
     )
 
 
@@ -108,7 +114,9 @@ def _copies(gradient: Tensor, world: int) -> int:
     return copies
 
 
-def global_gradient_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None) -> Tensor:
+def global_gradient_norm(
+    parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None, stage_ranks: int | None = None
+) -> Tensor:
     """Euclidean norm of all gradients, dense and expert, whatever mesh they live on, with one all-reduce.
 
     torch's own `clip_grad_norm_` refuses parameters of different meshes, and a norm per group would clip experts
@@ -116,14 +124,16 @@ def global_gradient_norm(parameters: Iterable[nn.Parameter], group: dist.Process
 
     Args:
         group: all ranks; None in a single process without a process group.
+        stage_ranks: ranks that have parts of these parameters; None if all.
     """
     world = 1 if group is None else dist.get_world_size(group)
+    sharing = world if stage_ranks is None else stage_ranks
     by_copies: dict[int, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             gradient = parameter.grad
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            by_copies.setdefault(_copies(gradient, world), []).append(local)
+            by_copies.setdefault(_copies(gradient, sharing), []).append(local)
     some = next(iter(by_copies.values()))[0]
     total = torch.zeros((), dtype=torch.promote_types(some.dtype, torch.float32), device=some.device)
     for copies, gradients in sorted(by_copies.items()):

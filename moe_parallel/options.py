@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from dataclasses import dataclass as plain_dataclass
 from enum import Enum
 from functools import cache
@@ -28,14 +27,16 @@ from moe_data.loader import DataConfig
 from moe_data.tokenizers import TokenizerConfig
 from moe_parallel import option_texts
 from moe_parallel.checkpoint.checkpointer import CheckpointConfig
-from moe_parallel.mesh import Layout, ParallelConfig, make_layout
+from moe_parallel.engines.config import EngineConfig, NativeEngineConfig
+from moe_parallel.engines.deepspeed_config import DeepSpeedConfig
+from moe_parallel.mesh import ParallelConfig
 from moe_parallel.model.architecture import Architecture, ModelConfig
 from moe_parallel.model.attention import AttentionConfig, GroupedQueryConfig
 from moe_parallel.model.initialize import InitConfig
 from moe_parallel.model.latent_attention import LatentConfig
 from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
-from moe_parallel.moe.dispatch.config import DispatchConfig, DispatchSetting
+from moe_parallel.moe.dispatch.config import DispatchConfig
 from moe_parallel.moe.dispatch.deepep import DeepEPConfig
 from moe_parallel.moe.dispatch.least_loaded import LeastLoadedConfig
 from moe_parallel.moe.dispatch.two_hop import TwoHopConfig
@@ -45,12 +46,12 @@ from moe_parallel.moe.routers.expert_choice import ExpertChoiceConfig
 from moe_parallel.moe.routers.hash import HashConfig
 from moe_parallel.moe.routers.plugin import PluginConfig
 from moe_parallel.moe.routers.random import RandomConfig
-from moe_parallel.moe.routers.router import BatchShape, RouterConfig
+from moe_parallel.moe.routers.router import RouterConfig
 from moe_parallel.moe.routers.token_choice import TokenChoiceConfig
 from moe_parallel.optim import OptimConfig
 from moe_parallel.option_texts import KINDS, Option, describe, did_you_mean
 from moe_parallel.tracking import TrackingConfig
-from moe_parallel.trainer import EvaluationConfig, TrainConfig
+from moe_parallel.train_options import EvaluationConfig, TrainConfig
 
 T = TypeVar("T")
 
@@ -77,7 +78,9 @@ ROUTERS = {
 }
 DISPATCHES: dict[str, type] = {"all_to_all": AllToAllConfig, "two_hop": TwoHopConfig}
 DISPATCHES |= {"least_loaded": LeastLoadedConfig, "deepep": DeepEPConfig}
+ENGINES: dict[str, type] = {"native": NativeEngineConfig, "deepspeed": DeepSpeedConfig}
 GROUPS_OF_KINDS: dict[str, dict[str, type]] = {"attention": ATTENTIONS, "router": ROUTERS, "dispatch": DISPATCHES}
+GROUPS_OF_KINDS |= {"engine": ENGINES}
 """A dataclass for each kind of a section. No two have the same names of options: saved ones are told apart by them."""
 
 
@@ -92,6 +95,7 @@ class Config:
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
     dispatch: DispatchConfig = dataclasses.field(default=MISSING, metadata={KINDS: DISPATCHES})
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    engine: EngineConfig = dataclasses.field(default=MISSING, metadata={KINDS: ENGINES})
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
@@ -198,68 +202,6 @@ def architecture(config: Config, tokenizer_vocabulary: int | None) -> Architectu
     )
 
 
-def check(config: Config, ranks: int, device_type: str | None = None) -> Layout:
-    """The relations between sections, for these ranks; plans know no device. Raises ConfigError with all problems."""
-    problems: list[str] = []
-
-    def attempt(action: Callable[[], T]) -> T | None:
-        try:
-            return action()
-        except ValueError as error:
-            problems.append(str(error))
-            return None
-
-    layout = attempt(lambda: make_layout(config.parallel, ranks, config.moe.num_experts))
-    batches = attempt(lambda: config.train.micro_batches(ranks))
-    attempt(lambda: architecture(config, None if config.model.vocab_size else 1))  # the tokenizer is not known yet
-    if device_type is not None:
-        attempt(lambda: config.attention.core.check_training(device_type))
-        attempt(lambda: config.moe.check_kernel(device_type, config.train.compute_type(device_type), config.model.dim))
-        attempt(lambda: config.router.check_device(device_type, config.train.compute_type(device_type)))
-        attempt(lambda: config.parallel.check_compiler(device_type))
-    if layout is not None:
-        problems += _expert_problems(config, layout)
-        dtype = None if device_type is None else config.train.compute_type(device_type)
-        sizes = layout.ep, config.moe.num_experts, config.model.dim, config.router.top_k
-        attempt(lambda: config.dispatch.check(DispatchSetting(*sizes, device_type, dtype)))
-    if batches is not None:
-        problems += _batch_problems(config, batches[1])
-        shape = BatchShape(ranks, *batches, config.train.sequence_tokens)
-        attempt(lambda: config.router.check_batch(shape, config.moe.num_experts))
-        tokens = shape.micro_batch_sequences * shape.sequence_tokens
-        attempt(lambda: config.moe.check_tokens(tokens, config.router.top_k))
-    if layout is None or problems:
-        raise ConfigError(problems)
-    return layout
-
-
-def _expert_problems(config: Config, layout: Layout) -> list[str]:
-    model, parts = config.model, layout.expert_shard
-    problems = []
-    if layout.ep > 1 and model.first_dense_layers == model.num_layers:
-        problems.append(
-            f"parallel.ep={layout.ep} splits experts, but model.first_dense_layers={model.first_dense_layers} leaves "
-            f"none of model.num_layers={model.num_layers}; set parallel.ep=1"
-        )
-    if layout.ep > 1 and model.dim % parts and config.moe.expert_dim % parts:
-        problems.append(
-            f"parallel.shard={layout.shard} over parallel.ep={layout.ep} leaves {parts} ranks for each expert, which "
-            f"divide neither model.dim={model.dim} nor moe.expert_dim={config.moe.expert_dim}; change one of them"
-        )
-    return problems
-
-
-def _batch_problems(config: Config, micro_batch_sequences: int) -> list[str]:
-    tokens, limit = config.train.sequence_tokens, config.model.max_sequence_tokens
-    problems = []
-    if limit is not None and tokens > limit:
-        problems.append(
-            f"train.sequence_tokens={tokens} is more than model.max_sequence_tokens={limit}; shorten the sequence, or "
-            "raise the limit"
-        )
-    return problems
-
-
 def plain(value: Any) -> Any:
     """Nested dataclasses-as-dicts with enums as their values: what JSON and YAML can hold."""
     if isinstance(value, dict):
@@ -282,6 +224,7 @@ def load_config(path: Path) -> Config:
     assert isinstance(saved, DictConfig)
     schema = OmegaConf.structured(Config)
     for group, kinds in GROUPS_OF_KINDS.items():  # the file does not say which kind: only one has these names
+        saved.setdefault(group, {})  # runs before there was a choice have the kind that needs no options
         fitting = [kind for kind in kinds.values() if _field_names(kind) >= set(saved[group])]
         # An older version may lack options that came since; those have their defaults, like in other sections.
         kind = min(fitting, key=lambda kind: len(_field_names(kind)), default=None)
@@ -296,6 +239,7 @@ def load_config(path: Path) -> Config:
 def plain_architecture(shape: Architecture) -> dict[str, Any]:
     """What makes a model another model, for its checkpoints."""
     values = plain(dataclasses.asdict(shape))
+    del values["model"]["mtp_coefficient"]  # may be lowered within a run, as DeepSeek-V3's was
     if "plugin" in values["router"]:  # the file may have moved
         values["router"]["plugin"] = Path(values["router"]["plugin"]).name
     return values

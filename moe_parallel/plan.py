@@ -16,7 +16,7 @@ from moe_parallel.model.counts import Bytes, count_parameters, memory_per_rank, 
 from moe_parallel.model.transformer import Transformer
 from moe_parallel.options import Config, architecture
 from moe_parallel.run_folder import RunFolder
-from moe_parallel.trainer import DType
+from moe_parallel.train_options import DType
 
 
 def model_facts(config: Config, layout: Layout, shape: Architecture) -> dict[str, Any]:

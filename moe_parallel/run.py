@@ -19,15 +19,18 @@ from moe_data.tokenizers import Tokenizer, build_tokenizer
 from moe_parallel import launch
 from moe_parallel.checkpoint.checkpointer import Checkpointer
 from moe_parallel.checkpoint.folder import CheckpointError
-from moe_parallel.engines.native import NativeEngine
+from moe_parallel.engines.build import build_engine
+from moe_parallel.engines.config import EngineSetting
+from moe_parallel.engines.engine import Engine
 from moe_parallel.launch import Launch
-from moe_parallel.mesh import Layout, ParallelMesh
+from moe_parallel.mesh import Layout
 from moe_parallel.meter import Meter, peak_flops_per_second
 from moe_parallel.model.architecture import Architecture
-from moe_parallel.model.counts import training_flops_per_token
+from moe_parallel.model.counts import count_parameters, training_flops_per_token
 from moe_parallel.model.generate import generate
-from moe_parallel.options import Config, ConfigError, architecture, check, config_yaml, plain, plain_architecture
+from moe_parallel.options import Config, ConfigError, architecture, config_yaml, plain, plain_architecture
 from moe_parallel.plan import model_facts, report_plan
+from moe_parallel.relations import check
 from moe_parallel.run_folder import RunFolder, describe_environment, git_revision
 from moe_parallel.stop import Stopped, StopSignal
 from moe_parallel.tracking import NullTracker, Tracker
@@ -135,25 +138,20 @@ class _Run:
         _prompt(config, tokenizer)
         shape = architecture(config, tokenizer.vocab_size)
         identity = plain_architecture(shape)
-        mesh, dtype = ParallelMesh(self.layout, here.device.type), config.train.compute_type(here.device.type)
-        engine = NativeEngine(
-            shape,
-            mesh,
-            config.parallel,
-            config.optim,
-            here.device,
-            dtype,
-            dispatch=config.dispatch,
-            seed=config.train.seed,
+        dtype = config.train.compute_type(here.device.type)
+        setting = EngineSetting(
+            shape, self.layout, config.parallel, config.dispatch, config.optim, here.device.type, dtype
         )
+        engine = build_engine(config.engine, setting, here.device, dtype, config.train.seed)
+        checkpointer.about |= _size(shape) | {"engine": engine.name}
         extra: dict[str, Any] | None = None
         if path is None:
             engine.init_weights(config.init, config.train.seed)
             if config.init.weights is not None:
-                new = checkpointer.load_weights(Path(config.init.weights), engine.model)
+                new = checkpointer.load_weights(Path(config.init.weights), engine.checkpoint_state())
                 log.info("weights from %s; new: %s", config.init.weights, ", ".join(new) or "none")
         else:
-            extra = checkpointer.load(path, engine.model, engine.optimizer, identity)
+            extra = checkpointer.load(path, engine.checkpoint_state(), identity)
             data.load_state_dict(extra["data"])  # before anything is written: it may be of other data
             log.info("resuming from %s at step %d", path, extra["step"])
         self._say_what_computes(engine)
@@ -179,12 +177,13 @@ class _Run:
             code = self._fit(trainer, tokenizer)
         finally:
             tracker.finish(code)
+            engine.close()
         return code
 
-    def _say_what_computes(self, engine: NativeEngine) -> None:
+    def _say_what_computes(self, engine: Engine) -> None:
         train = self.config.train
         if engine.layers:
-            rows = train.micro_batches(self.here.world)[1] * train.sequence_tokens * self.config.router.top_k
+            rows = train.micro_batches(self.layout.batch_ranks)[1] * train.sequence_tokens * self.config.router.top_k
             choice = engine.layers[0].experts.choice(self.here.device, train.compute_type(self.here.device.type), rows)
             log.info("experts are computed by %s: %s", choice.how.value, choice.why)
 
@@ -298,6 +297,11 @@ def _checkpoint(option: str, value: str, otherwise: str) -> Path:
     return path
 
 
+def _size(shape: Architecture) -> dict[str, int]:
+    counts = count_parameters(shape)
+    return {"parameters_total": counts.total, "parameters_active": counts.active}
+
+
 # -- the end of a run ----------------------------------------------------------------------------------------------
 
 
@@ -351,12 +355,11 @@ def _sample(config: Config, trainer: Trainer, tokenizer: Tokenizer) -> str | Non
         return None
     prompt = _prompt(config, tokenizer)
     ids = generate(
-        trainer.engine.model,
+        trainer.engine.logits,
         prompt,
         evaluation.sample_tokens,
         temperature=evaluation.sample_temperature,
         seed=config.train.seed,
         allowed_ids=tokenizer.vocab_size,
-        context=trainer.engine.evaluation_context,
     )
     return tokenizer.decode([*prompt, *ids])

@@ -20,6 +20,8 @@ class StepSums:
 
     cross_entropy: Tensor
     """Nats, summed over targets."""
+    mtp_cross_entropy_M: Tensor
+    """The same of each module of multi-token prediction."""
     balance: Tensor
     """Weighted balance and z losses as they enter the training loss, summed over valid tokens and layers."""
     balance_value_L: Tensor
@@ -36,7 +38,7 @@ class StepSums:
     """How many of them were added."""
 
     @staticmethod
-    def zeros(num_layers: int, num_experts: int, device: torch.device) -> StepSums:
+    def zeros(num_layers: int, num_experts: int, device: torch.device, mtp_layers: int = 0) -> StepSums:
         """Nothing counted yet."""
 
         def zero(*shape: int) -> Tensor:
@@ -44,6 +46,7 @@ class StepSums:
 
         return StepSums(
             cross_entropy=zero(),
+            mtp_cross_entropy_M=zero(mtp_layers),
             balance=zero(),
             balance_value_L=zero(num_layers),
             z_square_L=zero(num_layers),
@@ -55,10 +58,26 @@ class StepSums:
             observations_L=zero(num_layers),
         )
 
-    def add(self, cross_entropy: Tensor, stats: list[LayerStats]) -> None:
-        """Add one micro-batch of this rank."""
-        self.cross_entropy += cross_entropy.detach()
-        for row, layer in enumerate(stats):
+    @property
+    def losses(self) -> Tensor:
+        """(1 + mtp_layers): losses of tokens, as `Output.loss` gives them."""
+        return torch.cat([self.cross_entropy.view(1), self.mtp_cross_entropy_M])
+
+    @property
+    def no_loss(self) -> Tensor:
+        """Zeros in the form of the losses that `add` takes, for a rank that has layers and no head."""
+        return self.balance.new_zeros(1 + len(self.mtp_cross_entropy_M))
+
+    def add(self, cross_entropy: Tensor, stats: list[LayerStats], rows: list[int]) -> None:
+        """Add one micro-batch of this rank; `rows` are those of the passes that `stats` are of.
+
+        Args:
+            cross_entropy: as `Output.loss` gives it: of the next token, then of multi-token prediction.
+        """
+        losses = cross_entropy.detach().flatten()
+        self.cross_entropy += losses[0]
+        self.mtp_cross_entropy_M += losses[1:]
+        for row, layer in zip(rows, stats, strict=True):
             self.balance += layer.balance.detach()
             self.balance_value_L[row] += layer.balance_value
             self.z_square_L[row] += layer.z_square

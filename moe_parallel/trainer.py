@@ -4,115 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass as plain_dataclass
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic.dataclasses import dataclass
 
 from moe_data.batch import TokenBatch
 from moe_data.loader import TrainingData, ValidationData, merge_states
 from moe_data.prefetch import Prefetcher
 from moe_parallel import launch
 from moe_parallel.checkpoint.checkpointer import CheckpointConfig, Checkpointer
-from moe_parallel.engines.native import NativeEngine
+from moe_parallel.engines.engine import Engine
 from moe_parallel.meter import Meter, peak_memory_bytes
 from moe_parallel.optim import OptimConfig, learning_rate
 from moe_parallel.statistics import StepSums, expert_metrics
 from moe_parallel.stop import Stopped, StopSignal
 from moe_parallel.tracking import NullTracker, Tracker, TrackingConfig
-
-
-class DType(str, Enum):
-    auto = "auto"
-    """bfloat16 on a GPU, float32 on a CPU."""
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Nonfinite(str, Enum):
-    stop = "stop"
-    """End the run with an error that names the first bad layer; the last checkpoint stays as it is."""
-    skip = "skip"
-    """Drop the step's gradients, count it, and go on; ten in a row end the run."""
-
-
-@dataclass(kw_only=True)
-class TrainConfig:
-    steps: int = 300
-    """Optimizer steps of the whole run."""
-    sequence_tokens: int = 256
-    """Tokens of one packed sequence."""
-    global_batch_tokens: int = 8192
-    """Tokens of one optimizer step, over all ranks and micro-batches."""
-    micro_batch_sequences: int | None = None
-    """Sequences a rank computes at once; null takes its whole part of the global batch."""
-    seed: int = 1
-    """Seed of the weights and of the order of the data."""
-    dtype: DType = DType.auto
-    """Type of the compute; weights, router, reductions and optimizer stay in float32."""
-    dry_batch: bool = True
-    """Run one batch forward and backward before step 1, so that a lack of memory shows at once."""
-    nonfinite: Nonfinite = Nonfinite.stop
-    """What a NaN or infinite loss or gradient does."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "sequence_tokens", "global_batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
-        if self.global_batch_tokens % self.sequence_tokens != 0:
-            raise ValueError(
-                f"train.global_batch_tokens={self.global_batch_tokens} must be a multiple of "
-                f"train.sequence_tokens={self.sequence_tokens}"
-            )
-        if self.micro_batch_sequences is not None and self.micro_batch_sequences < 1:
-            raise ValueError(f"train.micro_batch_sequences={self.micro_batch_sequences} must be at least 1")
-
-    def compute_type(self, device_type: str) -> torch.dtype:
-        """What `dtype` means on a device."""
-        if self.dtype is DType.auto:
-            return torch.bfloat16 if device_type == "cuda" else torch.float32
-        return torch.bfloat16 if self.dtype is DType.bfloat16 else torch.float32
-
-    @property
-    def global_batch_sequences(self) -> int:
-        """Sequences of one optimizer step."""
-        return self.global_batch_tokens // self.sequence_tokens
-
-    def micro_batches(self, ranks: int) -> tuple[int, int]:
-        """(micro-batches of a rank per step, sequences of one)."""
-        if self.global_batch_sequences % ranks != 0:
-            raise ValueError(
-                f"train.global_batch_tokens={self.global_batch_tokens} is {self.global_batch_sequences} sequences, "
-                f"which {ranks} ranks cannot share evenly; use a multiple of {ranks * self.sequence_tokens} tokens"
-            )
-        per_rank = self.global_batch_sequences // ranks
-        size = per_rank if self.micro_batch_sequences is None else self.micro_batch_sequences
-        if per_rank % size != 0:
-            raise ValueError(
-                f"train.micro_batch_sequences={size} does not divide the {per_rank} sequences of each rank; legal "
-                f"values: {[d for d in range(1, per_rank + 1) if per_rank % d == 0]}"
-            )
-        return per_rank // size, size
-
-
-@dataclass(kw_only=True)
-class EvaluationConfig:
-    every_steps: int = 100
-    """Evaluate every so many steps, and always at the end; 0 evaluates at the end only."""
-    sample_tokens: int = 96
-    """Tokens of generated text at the end; 0 writes none."""
-    sample_prompt: str = "def "
-    """Text that the sample continues."""
-    sample_temperature: float = 0.8
-    """Temperature of the sample; 0 takes the likeliest token."""
-
-    def __post_init__(self) -> None:
-        for name in ("every_steps", "sample_tokens", "sample_temperature"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"evaluation.{name}={getattr(self, name)} must not be negative")
+from moe_parallel.train_options import EvaluationConfig, Nonfinite, TrainConfig
 
 
 class BadData(ValueError):
@@ -123,7 +32,7 @@ class NonfiniteError(RuntimeError):
     """A NaN or infinite loss or gradient, with the first layer that produced one."""
 
 
-@plain_dataclass
+@dataclass
 class TrainState:
     """What changes from step to step besides weights and optimizer."""
 
@@ -132,7 +41,7 @@ class TrainState:
     skipped_in_a_row: int = 0
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class TrainerConfig:
     """The option sections that the loop reads."""
 
@@ -151,7 +60,7 @@ class Trainer:
         self,
         *,
         config: TrainerConfig,
-        engine: NativeEngine,
+        engine: Engine,
         data: TrainingData,
         validation: ValidationData,
         tracker: Tracker | NullTracker,
@@ -169,7 +78,10 @@ class Trainer:
         self.identity = identity
         self.meter = meter
         self.stop = stop
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world = engine.layout.batch_rank(dist.get_rank()), engine.layout.batch_ranks
+        """Which part of each batch this rank reads, and how many parts there are."""
+        self.copies = engine.layout.ranks // self.world
+        """Ranks that read the same part."""
         self.num_micro_batches, self.micro_batch_sequences = config.train.micro_batches(self.world)
         self.state = TrainState()
         self.data_state = data.state_dict()
@@ -225,17 +137,18 @@ class Trainer:
         """One optimizer step over this rank's micro-batches.
 
         Args:
+            batches: whole sequences, on the host.
             num_targets, num_valid: of the whole global batch.
         Returns:
             Metrics, equal on all ranks.
         """
         state, engine, config = self.state, self.engine, self.config
-        batches = [batch.to(engine.device) for batch in batches]
         sums, estimate_error = engine.forward_backward(batches, state.step, num_targets, num_valid)
         totals = sums.summed(engine.group)
         norm = engine.gradient_norm()
         rate = learning_rate(config.optim, state.step, config.train.steps)
         loss, norm_value = float(totals.cross_entropy) / num_targets, float(norm)
+        token_loss = float(engine.architecture.model.token_loss(totals.losses)) / num_targets
         if math.isfinite(loss) and math.isfinite(norm_value):
             engine.step(rate, norm)
             engine.update_routers(totals)
@@ -247,11 +160,13 @@ class Trainer:
         state.tokens += num_valid
         metrics = {
             "loss/cross_entropy_nats": loss,
-            "loss/total_nats": loss + float(totals.balance) / num_valid,
+            "loss/total_nats": token_loss + float(totals.balance) / num_valid,
             "grad/norm": norm_value,
             "optim/learning_rate": rate,
             **expert_metrics(totals, num_valid, engine.pass_names()),
         }
+        for number, further in enumerate(totals.mtp_cross_entropy_M.tolist(), start=1):
+            metrics[f"loss/mtp_{number}_nats"] = further / num_targets
         if engine.architecture.balance.global_coefficient > 0 and engine.layers:
             metrics["balance/global_estimate_error"] = float(estimate_error)
         self._heat_map(totals)
@@ -280,13 +195,15 @@ class Trainer:
         validation = self.evaluate() if evaluate else {}
         self.tracker.log(self.state.step, self.state.tokens, {**self.unlogged, **validation})
         self.unlogged = {}
+        if (loss := validation.get("validation/cross_entropy_nats")) is not None:
+            self.checkpointer.evaluated(self.state.step, loss)
         return validation
 
     def _dry_batch(self, batch: TokenBatch) -> None:
         """Forward and backward without any effect but memory, so that a lack of it shows before step 1."""
         engine = self.engine
         before = engine.previous_count_LIE
-        engine.forward_backward([batch.to(engine.device)], self.state.step, 1, 1)
+        engine.forward_backward([batch], self.state.step, 1, 1)
         engine.previous_count_LIE = before
         engine.zero_grad()
         self._sum()
@@ -325,7 +242,7 @@ class Trainer:
         if failed:
             raise BadData(launch.first_text(error))
         assert batches is not None
-        return batches, targets, valid
+        return batches, targets // self.copies, valid // self.copies
 
     def _sum(self, *numbers: int) -> list[int]:
         """Sums over all ranks. Raises Stopped on all of them if any was asked to stop."""
@@ -342,17 +259,19 @@ class Trainer:
         state, engine = self.state, self.engine
         if self._saved_step == state.step:
             return
-        states: list[Any] = [None] * self.world
+        states: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(states, self.data_state)
+        parts = {self.engine.layout.batch_rank(rank): state for rank, state in enumerate(states)}
         extra = {
             "step": state.step,
             "tokens": state.tokens,
-            "data": merge_states(states),
+            "data": merge_states(list(parts.values())),
             "tracking": self.tracker.state(state.step - 1 if self.unlogged else state.step),
             "unlogged": self.unlogged,
             "previous_count": engine.previous_count_LIE,
         }
-        self.checkpointer.save(state.step, engine.model, engine.optimizer, extra, self.identity, tokens=state.tokens)
+        progress = {"tokens": state.tokens, "next_sequence": state.step * self.config.train.global_batch_sequences}
+        self.checkpointer.save(state.step, engine.checkpoint_state(), extra, self.identity, progress=progress)
         self._saved_step = state.step
 
     def restore(self, extra: dict[str, Any]) -> None:
@@ -360,32 +279,35 @@ class Trainer:
         self.state = TrainState(step=extra["step"], tokens=extra["tokens"])
         self._saved_step = self.state.step
         self.unlogged = extra["unlogged"]
-        self.engine.previous_count_LIE = (
-            extra["previous_count"].to(self.engine.device).view_as(self.engine.previous_count_LIE)
-        )
+        previous_LIE = self.engine.previous_count_LIE
+        self.engine.previous_count_LIE = extra["previous_count"].to(self.engine.device).view_as(previous_LIE)
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
         """Validation loss per domain and over all; equal on all ranks. Raises Stopped between batches."""
         metrics: dict[str, float] = {}
-        all_loss, all_targets = 0.0, 0
+        all_losses, all_targets = torch.zeros(1, dtype=torch.float64), 0
         for domain in self.validation.domains:
-            loss, targets = self._domain_loss(domain)
-            metrics[f"validation/{domain}/cross_entropy_nats"] = loss / targets
-            all_loss, all_targets = all_loss + loss, all_targets + targets
+            losses, targets = self._domain_losses(domain)
+            metrics[f"validation/{domain}/cross_entropy_nats"] = float(losses[0]) / targets
+            all_losses, all_targets = all_losses + losses, all_targets + targets
         if all_targets:
-            metrics["validation/cross_entropy_nats"] = all_loss / all_targets
+            loss, *further = (all_losses / all_targets).tolist()
+            metrics["validation/cross_entropy_nats"] = loss
+            metrics |= {f"validation/mtp_{k}_cross_entropy_nats": value for k, value in enumerate(further, start=1)}
         return metrics
 
-    def _domain_loss(self, domain: str) -> tuple[float, int]:
-        sums = torch.zeros(2, dtype=torch.float64)
+    def _domain_losses(self, domain: str) -> tuple[torch.Tensor, int]:
+        """As `StepSums.losses`, of all ranks, and the number of targets."""
+        sums = torch.zeros(2 + self.engine.architecture.model.mtp_layers, dtype=torch.float64)
         for batch in self.validation.batches(domain, self.rank, self.world, self.micro_batch_sequences):
             self._sum()
-            part: StepSums = self.engine.evaluate(batch.to(self.engine.device))
-            sums += torch.tensor([float(part.cross_entropy), batch.num_targets], dtype=torch.float64)
+            part: StepSums = self.engine.evaluate(batch)
+            sums[:-1] += part.losses.cpu()
+            sums[-1] += batch.num_targets / self.copies
         dist.all_reduce(sums)
-        return float(sums[0]), int(sums[1])
+        return sums[:-1], round(float(sums[-1]))
 
     def _heat_map(self, totals: StepSums) -> None:
         if self.engine.layers and self.config.tracking.heatmap_due(self.state.step):

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from moe_parallel import options
+from moe_parallel import options, relations
 from moe_parallel.checkpoint.folder import CheckpointError
 from moe_parallel.comparison import (
     Comparison,
@@ -86,7 +86,7 @@ def seeds_of(text: str) -> list[int]:
 def composed(overrides: list[str]) -> Flat:
     """Options of a run as train.py composes and checks them."""
     config = options.composed(overrides, CONFIGS)
-    options.check(config, 1)
+    relations.check(config, 1)
     return flatten(options.config_yaml(config))
 
 

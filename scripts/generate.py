@@ -16,7 +16,8 @@ from moe_data.tokenizers import build_tokenizer
 from moe_parallel import launch
 from moe_parallel.checkpoint.checkpointer import Checkpointer
 from moe_parallel.checkpoint.folder import CheckpointError
-from moe_parallel.model.generate import generate
+from moe_parallel.checkpoint.state import TorchState
+from moe_parallel.model.generate import generate, logits_of
 from moe_parallel.model.transformer import Transformer
 from moe_parallel.options import architecture, load_config, plain_architecture
 from moe_parallel.run_folder import RunFolder
@@ -53,10 +54,10 @@ def continue_text(arguments: argparse.Namespace) -> str:
     path = arguments.checkpoint or checkpointer.latest()
     if path is None:
         raise ValueError(f"{folder.checkpoints} has no complete checkpoint; train first, or name one by --checkpoint")
-    checkpointer.load(path, model, None, plain_architecture(shape))
+    checkpointer.load(path, TorchState(model, None), plain_architecture(shape))
     prompt = [int(token) for token in tokenizer.encode(arguments.prompt)]
     ids = generate(
-        model,
+        logits_of(model),
         prompt,
         arguments.tokens,
         temperature=arguments.temperature,

@@ -19,7 +19,7 @@ import torch
 
 from moe_kernels.choice import Problem, read_table, write_table
 from moe_kernels.tuning import tune
-from moe_parallel import launch, options
+from moe_parallel import launch, options, relations
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -39,7 +39,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def problems(arguments: argparse.Namespace) -> tuple[list[Problem], int]:
     """The shapes that a rank computes, and the experts of a token. Raises ConfigError."""
     config = options.composed(arguments.overrides, CONFIGS)
-    layout = options.check(config, arguments.ranks or config.parallel.ep)
+    layout = relations.check(config, arguments.ranks or config.parallel.ep)
     device = torch.device(launch.device_type())
     dtype = config.train.compute_type(device.type)
     num_experts, top_k = config.moe.num_experts // layout.ep, config.router.top_k

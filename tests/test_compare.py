@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_data import embedded
-from moe_parallel import launch, measured, options
+from moe_parallel import launch, measured, options, relations
 from moe_parallel.comparison import (
     ALIKE,
     LOSS,
@@ -64,7 +64,7 @@ def test_arms_compose_and_are_alike(name: str, size: str) -> None:
     flats = {}
     for arm in comparison.arms:
         config = composed(f"experiment={name}/{arm}", *([size] if size else []))
-        options.check(config, 1)
+        relations.check(config, 1)
         flats[arm] = flatten(options.config_yaml(config))
     check_alike(comparison, flats)
     assert len({repr(flat) for flat in flats.values()}) == len(flats)
@@ -97,7 +97,7 @@ def test_measured_products_are_the_analytic_ones(here: Launch, overrides: tuple[
     6 FLOPs for each weight that it is multiplied with."""
     config = composed("experiment=granularity/shared_top3_of_31", *overrides)
     shape = options.architecture(config, 257)
-    mesh = ParallelMesh(options.check(config, 1), "cpu")
+    mesh = ParallelMesh(relations.check(config, 1), "cpu")
     engine = NativeEngine(shape, mesh, config.parallel, config.optim, here.device, torch.float32)
     engine.init_weights(config.init, 1)
     rows = 1 if "train.micro_batch_sequences=1" in overrides else 2
@@ -119,7 +119,7 @@ def test_grouped_products_are_counted() -> None:
     """Would catch: experts that cost nothing on a GPU, where one kernel computes them all."""
     rows, weight = torch.randn(64, 32, requires_grad=True), torch.randn(4, 32, 16, requires_grad=True)
     ends = torch.tensor([16, 16, 48, 64], dtype=torch.int32)
-    with FlopCounterMode(display=False, custom_mapping=measured._FORMULAS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=measured.FORMULAS) as counter:
         out = torch.nn.functional.grouped_mm(rows, weight, offs=ends)
         (out * torch.randn_like(out)).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 64 * 32 * 16

@@ -24,6 +24,7 @@ FLOORS: dict[str, int] = {
     # Ranks: their axes, what they exchange, how they meet and leave.
     "moe_parallel.mesh": 1,
     "moe_parallel.collectives": 1,
+    "moe_parallel.sequence_exchange": 1,
     "moe_parallel.row_exchange": 1,
     "moe_parallel.stop": 1,
     "moe_parallel.launch": 1,
@@ -41,6 +42,7 @@ FLOORS: dict[str, int] = {
     "moe_parallel.model": 5,
     # State in and out; what is counted, and where to it is written.
     "moe_parallel.checkpoint": 6,
+    "moe_parallel.convert": 6,
     "moe_parallel.optim": 6,
     "moe_parallel.statistics": 6,
     "moe_parallel.meter": 6,
@@ -55,9 +57,12 @@ FLOORS: dict[str, int] = {
     "moe_parallel.tracking": 8,
     "moe_parallel.trainer": 8,
     "moe_parallel.option_texts": 8,
+    "moe_parallel.train_options": 8,
     "moe_parallel.options": 8,
+    "moe_parallel.relations": 8,
     # A whole run, and what it would be.
     "moe_parallel.plan": 9,
+    "moe_parallel.planner": 9,
     "moe_parallel.measured": 9,
     "moe_parallel.comparison": 9,
     "moe_parallel.run": 9,

@@ -14,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moe_parallel import options
+from moe_parallel import options, relations
 from tests.runs import ROOT, TRAIN, Runner, checkpoints, curve
 
 CONFIGS = ROOT / "configs"
@@ -120,13 +120,13 @@ def test_what_the_device_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("CXX", "no-such-compiler")
     config = composed("model=tiny", "attention.core=flex", "parallel.compile=blocks")
     with pytest.raises(options.ConfigError) as raised:
-        options.check(config, 1, "cpu")
+        relations.check(config, 1, "cpu")
     assert [problem.split(" ")[0] for problem in raised.value.problems] == [
         "attention.core=flex",
         "parallel.compile=blocks",
     ]
-    options.check(config, 1)
-    options.check(composed("model=tiny"), 1, "cpu")
+    relations.check(config, 1)
+    relations.check(composed("model=tiny"), 1, "cpu")
 
 
 def test_config_yaml_reads_back() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import threading
@@ -11,38 +10,25 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.optim import Optimizer
 
 from moe_parallel.checkpoint import folder as folders
+from moe_parallel.checkpoint.agreement import Agreement
+from moe_parallel.checkpoint.fit import check_fit
 from moe_parallel.checkpoint.folder import CheckpointError, UnusableCheckpointError
-from moe_parallel.checkpoint.reader import SafeReader
-from moe_parallel.checkpoint.state import (
-    check_entries,
-    common_entries,
-    empty_extra,
-    empty_optimizer_state,
-    join_extra,
-    model_state,
-    optimizer_state,
-    set_optimizer_state,
-    size_bytes,
-    split_extra,
-)
+from moe_parallel.checkpoint.reader import ReadPlanner, SafeReader
+from moe_parallel.checkpoint.state import Entries, TrainingState, empty_extra, host_copy, join_extra, split_extra
+from moe_parallel.checkpoint.writer import WritePlanner, Writer, explain
 
-T = TypeVar("T")
-GIB = 2**30
 # Ranks wait for the slowest disk; the default of half an hour is not enough for terabytes.
 _TIMEOUT = timedelta(hours=3)
 
@@ -52,26 +38,63 @@ class CheckpointConfig:
     every_steps: int = 1000
     """Optimizer steps between checkpoints; 0 = only at the end of the run and when it is told to stop."""
     keep_last: int = 2
-    """Complete checkpoints to keep. The disk must hold one more while a new one is written."""
+    """Newest checkpoints to keep. The disk must hold one more while a new one is written."""
+    keep_every_steps: int = 0
+    """Keep all checkpoints of steps that are multiples of this, besides the others; 0 = none."""
+    keep_best: int = 0
+    """Checkpoints with the lowest validation loss to keep, besides the others; 0 = none."""
     asynchronous: bool = True
     """Write in the background from a copy in host memory, while training goes on."""
+    verify: bool = True
+    """Compare checksums of all files before anything is loaded; each rank reads a share of them."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
             raise ValueError(f"checkpoint.every_steps={self.every_steps} must be at least 0 (0 = only at the end)")
         if self.keep_last < 1:
             raise ValueError(f"checkpoint.keep_last={self.keep_last} must be at least 1")
+        if self.keep_best < 0:
+            raise ValueError(f"checkpoint.keep_best={self.keep_best} must be at least 0 (0 = none)")
+        every, keep = self.every_steps, self.keep_every_steps
+        if keep < 0 or (keep > 0 and (every == 0 or keep % every != 0)):
+            remedy = f"{max(1, keep // every) * every}, or 0 to keep none" if every else "0: no step is saved regularly"
+            raise ValueError(
+                f"checkpoint.keep_every_steps={keep} must be a multiple of checkpoint.every_steps={every}; use {remedy}"
+            )
+
+    def check_evaluation(self, every_steps: int, validation_sequences: int) -> None:
+        """That every regular checkpoint has a validation loss, if they are to be compared by it.
+
+        Args:
+            every_steps: evaluation.every_steps.
+            validation_sequences: data.validation_sequences.
+        Raises:
+            ValueError: some or all would have none.
+        """
+        if self.keep_best == 0:
+            return
+        rule = f"checkpoint.keep_best={self.keep_best} compares validation losses, but"
+        if validation_sequences == 0:
+            raise ValueError(f"{rule} data.validation_sequences=0 holds nothing out; raise it, or keep no best ones")
+        if every_steps == 0 or self.every_steps == 0 or self.every_steps % every_steps != 0:
+            raise ValueError(
+                f"{rule} checkpoint.every_steps={self.every_steps} is not a multiple of "
+                f"evaluation.every_steps={every_steps}, so some checkpoints have none; use equal numbers"
+            )
+
+    @property
+    def retention(self) -> folders.Retention:
+        return folders.Retention(self.keep_last, self.keep_every_steps, self.keep_best)
 
 
 @plain_dataclass(frozen=True)
 class _Job:
     """One save: what is written where. All but `tensors` matters on rank 0 only."""
 
-    step: int
     partial: Path
     final: Path
     meta: dict[str, Any]
-    tensors: dict[str, Tensor] = field(repr=False)
+    tensors: Entries = field(repr=False)
 
 
 class Checkpointer:
@@ -103,15 +126,18 @@ class Checkpointer:
             )
         self.folder, self.config, self.about, self.warn = folder, config, about or {}, warn
         self._group = self._control = None
-        self._rank = 0
         if process_group is not None:
             ranks = dist.get_process_group_ranks(process_group)
             self._group = dist.new_group(ranks, backend="gloo", timeout=_TIMEOUT)  # the saving thread's
             self._control = dist.new_group(ranks, backend="gloo")  # poll's, while that thread is busy
-            self._rank = dist.get_rank(self._group)
         else:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        self._all = Agreement(self._group)
         self._pending: Future[Path] | None = None
+        self._current: Path | None = None
+        """The checkpoint of the present weights, which was saved or loaded last."""
+        self._losses: dict[int, float] = {}
+        """Validation losses by step that no checkpoint has got yet."""
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is wanted after this optimizer step."""
@@ -120,53 +146,47 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        model: nn.Module,
-        optimizer: Optimizer | None,
+        state: TrainingState,
         extra: dict[str, Any],
         identity: dict[str, Any],
         *,
-        tokens: int = 0,
+        progress: dict[str, Any] | None = None,
     ) -> Path:
         """Write `step_<step>`; waits for an earlier background save first.
 
         Args:
             step: optimizer steps done.
-            model: parameters and persistent buffers; plain tensors or DTensors on any meshes.
-            optimizer: its moments and step counts; hyper-parameters come from the configuration instead.
+            state: what this rank holds of model and optimizer.
             extra: plain data and tensors of the trainer, the same on all ranks (rank 0's is kept).
             identity: what makes this model another model (the architecture); compared by `load`.
-            tokens: tokens trained on so far, recorded.
+            progress: how far the training is, in plain numbers (tokens, place in the data); recorded for people.
         Returns:
             Where the checkpoint will be: at once if synchronous, else when `poll` or `wait` say so.
         Raises:
             CheckpointError: on all ranks; too little space (before any tensor is written), failure to write,
-                or a failure of the earlier background save.
+                or a failure of the earlier background save. What the background finds comes from `poll` or `wait`.
         """
         self.wait()
-        model_tensors = model_state(model)
-        tensors = dict(model_tensors)
-        if optimizer is not None:
-            tensors |= optimizer_state(optimizer, model_tensors)
         plain_extra, extra_tensors = split_extra(extra)
-        tensors |= extra_tensors
+        tensors = self._all.together(lambda: {**state.tensors(), **extra_tensors})
+        partial, final = folders.partial_path(self.folder, step), folders.final_path(self.folder, step)
         meta = {
             "step": step,
-            "tokens": tokens,
-            "identity": json.loads(json.dumps(identity)),
+            **(progress or {}),
+            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "about": self.about,
+            "identity": json.loads(json.dumps(identity)),
+            "ranks": self._all.ranks,
             "torch": torch.__version__,
-            "tensor_bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
         }
-        partial = folders.partial_path(self.folder, step)
-        meta["sequence"] = self._first(lambda: self._prepare(partial, size_bytes(tensors), plain_extra))
-        job = _Job(step, partial, folders.final_path(self.folder, step), meta, tensors)
+        loss = self._losses.get(step)
+        meta["sequence"] = self._all.first(lambda: self._prepare(partial, plain_extra, loss))
+        self._losses, self._current = {}, final
+        job = _Job(partial, final, meta, tensors)
         if not self.config.asynchronous:
             return self._write(job)
-        # Without its options the stager makes a plain copy in host memory before it returns.
-        copy = DefaultStager(StagingOptions(False, False, False, False)).stage(tensors)
-        assert isinstance(copy, dict)
-        self._pending = _in_background(self._write, replace(job, tensors=copy))
-        return job.final
+        self._pending = _in_background(self._write, replace(job, tensors=host_copy(tensors)))
+        return final
 
     def poll(self) -> Path | None:
         """Call after each step: the checkpoint that the background has finished by now, if any. Never waits.
@@ -187,69 +207,69 @@ class Checkpointer:
     def wait(self) -> Path | None:
         """Wait for a background save, if there is one. Raises CheckpointError if it failed."""
         pending, self._pending = self._pending, None
+        if pending is None:
+            return None
         try:
-            return None if pending is None else pending.result()
+            path = pending.result()
         except CheckpointError:
             raise
         except Exception as error:
             raise CheckpointError(f"a background save to {self.folder} failed: {error!r}") from error
+        self._note_loss()
+        return path
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Note the validation loss of a step, for `keep_best`: before, while or after its checkpoint is written."""
+        self._losses[step] = loss
+        if self._pending is None:
+            self._note_loss()
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint; incomplete and damaged ones are skipped with a warning."""
         self.wait()
         # Rank 0 decides: a file system may show the other hosts an older state of the folder.
-        found = self._first(lambda: folders.complete(self.folder, self.warn))
+        found = self._all.first(lambda: folders.complete(self.folder, self.warn))
         return found[-1] if found else None
 
-    def load(
-        self, path: Path, model: nn.Module, optimizer: Optimizer | None, identity: dict[str, Any]
-    ) -> dict[str, Any]:
+    def load(self, path: Path, state: TrainingState, identity: dict[str, Any]) -> dict[str, Any]:
         """Fill model and optimizer, in whatever layout they are, from a checkpoint of any layout.
 
         Args:
             path: a checkpoint folder.
-            model: built and sharded for this run; its tensors are overwritten in place.
-            optimizer: gets moments and step counts; None = load the model only. Learning rate and other
-                hyper-parameters keep their configured values.
+            state: of a model that is built and sharded for this run.
             identity: must equal the saved one.
         Returns:
             The `extra` that was saved; tensors in it are on the CPU.
         Raises:
-            UnusableCheckpointError: damaged, of another model, not fitting, or with an unsafe index.
+            UnusableCheckpointError: on all ranks; damaged, of another model, not fitting, or with an unsafe index.
         """
-        self.wait()
-        meta = folders.read_meta(path)
-        if different := folders.differences(meta["identity"], identity):
-            raise UnusableCheckpointError(
-                f"{path} is a checkpoint of another model: " + "; ".join(different) + ". "
-                "Set these options as in the checkpoint, or start a new run with another run.name"
-            )
-        reader = SafeReader(path, set(meta["files"]))
-        index = reader.read_metadata()
-        model_tensors = model_state(model)
-        moments = empty_optimizer_state(optimizer, model_tensors, index) if optimizer is not None else {}
-        check_entries(model_tensors | moments, index, with_optimizer=optimizer is not None)
+        reader, index = self._open(path, identity)
+        tensors = self._all.together(lambda: state.empty(index))
+        check_fit(tensors, index, state.prefixes, self._group)
         extra_tensors = empty_extra(index)
-        self._read(path, reader, model_tensors | moments | extra_tensors)
-        if optimizer is not None:
-            set_optimizer_state(optimizer, model_tensors, moments)
-        return join_extra(json.loads((path / folders.EXTRA).read_text()), extra_tensors)
+        self._read(path, reader, {**tensors, **extra_tensors})
+        state.load(tensors)
+        self._current = path
+        return join_extra(self._all.together(lambda: json.loads((path / folders.EXTRA).read_text())), extra_tensors)
 
-    def load_weights(self, path: Path, model: nn.Module) -> list[str]:
+    def load_weights(self, path: Path, state: TrainingState) -> list[str]:
         """Fill a model from a checkpoint of it or of one with fewer parts; what that does not have is left as it is.
 
         Returns:
-            Names of the parameters and buffers that were left.
+            Names of the parameters and buffers that were left, on whatever rank.
         Raises:
-            UnusableCheckpointError: damaged, with weights that this model does not have or of other shapes.
+            UnusableCheckpointError: on all ranks; damaged, with weights that this model does not have or of other
+                shapes.
         """
-        self.wait()
-        reader = SafeReader(path, set(folders.read_meta(path)["files"]))
-        index = reader.read_metadata()
-        wanted = model_state(model)
-        common = common_entries(wanted, index)
+        reader, index = self._open(path, None)
+        wanted = self._all.together(lambda: state.empty(index))
+        wanted = {name: entry for name, entry in wanted.items() if name.startswith("model.")}
+        common = {name: entry for name, entry in wanted.items() if name in index.state_dict_metadata}
+        check_fit(common, index, ("model.",), self._group)
         self._read(path, reader, common)
-        return sorted(key.removeprefix("model.") for key in wanted.keys() - common.keys())
+        state.load(common)
+        left = self._all.gather(wanted.keys() - common.keys())
+        return sorted(name.removeprefix("model.") for name in set().union(*left))
 
     def close(self) -> None:
         """Wait for a background save and leave the process groups."""
@@ -261,41 +281,38 @@ class Checkpointer:
                     dist.destroy_process_group(group)
             self._group = self._control = None
 
-    def _prepare(self, partial: Path, needed: int, plain_extra: Any) -> int:
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def _prepare(self, partial: Path, plain_extra: Any, loss: float | None) -> int:
         """On rank 0, before tensors are written: the new checkpoint's place in the order of writing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         folders.remove_leftovers(self.folder)
-        extra = json.dumps(plain_extra)
-        free = shutil.disk_usage(self.folder).free
-        needed += 2 * len(extra) + 2**16
-        if free < needed:
-            raise CheckpointError(
-                f"not enough disk space for a checkpoint in {self.folder}: needed {needed / GIB:.3f} GiB, "
-                f"free {free / GIB:.3f} GiB; free some space, or lower checkpoint.keep_last="
-                f"{self.config.keep_last} and remove the oldest checkpoint by hand. Nothing was written"
-            )
         before = folders.complete(self.folder, self.warn)
         sequence = 1 + (folders.read_meta(before[-1])["sequence"] if before else 0)
         partial.mkdir()
         folders.write_json(partial / folders.EXTRA, plain_extra)
+        if loss is not None:
+            folders.write_loss(partial, loss)
         return sequence
 
     def _write(self, job: _Job) -> Path:
         """Tensors, then the name, then the pruning. Runs in the background thread if asynchronous."""
+        writer = Writer(job.partial)
         try:
             index = dcp.save(
                 job.tensors,
-                storage_writer=_Writer(job.partial),
-                planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                storage_writer=writer,
+                planner=WritePlanner(self.folder, self.config.keep_last),
                 process_group=self._group,
                 no_dist=self._group is None,
             )
         except CheckpointException as error:  # a BaseException in torch, the same one on all ranks
-            self._first(lambda: shutil.rmtree(job.partial, ignore_errors=True))
-            raise CheckpointError(self._explain(job.step, error)) from error
-        return self._first(lambda: self._publish(job, index))
+            self._all.first(lambda: shutil.rmtree(job.partial, ignore_errors=True))
+            raise CheckpointError(explain(error, job.final, self.config.keep_last)) from error
+        checksums = {name: sum for part in self._all.gather(writer.checksums) for name, sum in part.items()}
+        return self._all.first(lambda: self._publish(job, index, checksums))
 
-    def _publish(self, job: _Job, index: Metadata) -> Path:
+    def _publish(self, job: _Job, index: Metadata, checksums: dict[str, str]) -> Path:
         """On rank 0, after all ranks have written."""
         try:
             expected = {info.relative_path for info in index.storage_data.values()}
@@ -305,67 +322,67 @@ class Checkpointer:
                     f"{sorted(absent)} were written by other hosts and are not in {job.partial}; "
                     "run.dir must be on a file system that all hosts share"
                 )
-            folders.finish(job.partial, job.final, job.meta)
+            folders.finish(job.partial, job.final, job.meta, checksums)
         except Exception:
             shutil.rmtree(job.partial, ignore_errors=True)
             raise
-        folders.prune(self.folder, self.config.keep_last)
+        folders.prune(self.folder, self.config.retention)
         return job.final
 
-    def _read(self, path: Path, reader: SafeReader, tensors: dict[str, Tensor]) -> None:
+    def _note_loss(self) -> None:
+        """Put the loss of the present weights into their checkpoint, if both are there. Nothing may be pending."""
+        path = self._current
+        if path is None or path.parent.resolve() != self.folder.resolve():  # of another run
+            return
+        step = folders.step_of(path)
+        if step is None or (loss := self._losses.pop(step, None)) is None:
+            return
+
+        def note() -> None:
+            folders.write_loss(path, loss)
+            folders.prune(self.folder, self.config.retention)
+
+        self._all.first(note)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def _open(self, path: Path, identity: dict[str, Any] | None) -> tuple[SafeReader, Metadata]:
+        """The checked checkpoint and its index. Identity None takes any model's."""
+        self.wait()
+
+        def read() -> dict[str, Any]:
+            meta = folders.read_meta(path)
+            if identity is not None and (different := folders.differences(meta["identity"], identity)):
+                raise UnusableCheckpointError(
+                    f"{path} is a checkpoint of another model: " + "; ".join(different) + ". "
+                    "Set these options as in the checkpoint, or start a new run with another run.name"
+                )
+            return meta
+
+        files = self._all.together(read)["files"]
+        if self.config.verify:
+            names = sorted(files, key=lambda name: (files[name]["bytes"], name))[self._all.rank :: self._all.ranks]
+            found = self._all.gather(self._all.together(lambda: folders.damaged(path, files, names)))
+            if wrong := sorted(name for part in found for name in part):
+                raise UnusableCheckpointError(
+                    f"{path} is damaged: {', '.join(wrong)} differ from what was written, by their checksums; "
+                    "take another checkpoint, or remove this one so that resume=auto takes the one before"
+                )
+        reader = SafeReader(path, set(files))
+        return reader, self._all.together(reader.read_metadata)
+
+    def _read(self, path: Path, reader: SafeReader, tensors: Entries) -> None:
         try:
             dcp.load(
                 tensors,
                 storage_reader=reader,
-                planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                planner=ReadPlanner(),
                 process_group=self._group,
                 no_dist=self._group is None,
             )
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
             raise UnusableCheckpointError(f"{path} could not be loaded on rank {rank}: {cause!r}") from error
-
-    def _explain(self, step: int, error: CheckpointException) -> str:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        full = [e for e, _ in error.failures.values() if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT)]
-        free = shutil.disk_usage(self.folder).free
-        if full:
-            return (
-                f"no space left while writing the checkpoint of step {step} to {self.folder} "
-                f"({free / GIB:.3f} GiB free now; a quota may be lower): free some space, or lower "
-                f"checkpoint.keep_last={self.config.keep_last}. Earlier checkpoints are intact"
-            )
-        return (
-            f"the checkpoint of step {step} could not be written to {self.folder} on rank {rank}: {cause!r}. "
-            "Earlier checkpoints are intact"
-        )
-
-    def _first(self, action: Callable[[], T]) -> T:
-        """Do it on rank 0 only; its result, or its error, on all ranks."""
-        outcome: list[Any] = [None, None]
-        if self._rank == 0:
-            try:
-                outcome[0] = action()
-            except Exception as error:  # the others wait for an answer, whatever happened
-                outcome[1] = str(error) if isinstance(error, CheckpointError) else repr(error)
-        if self._group is not None:
-            dist.broadcast_object_list(outcome, group=self._group, group_src=0)
-        if outcome[1] is not None:
-            raise CheckpointError(outcome[1])
-        return outcome[0]
-
-
-class _Writer(dcp.FileSystemWriter):
-    """Reports the operating system's error ("no space left"), which torch's archive writer hides."""
-
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
-        try:
-            return super().write_data(plan, planner)
-        except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            raise (cause or error) from None
 
 
 def _in_background(work: Callable[[_Job], Path], job: _Job) -> Future[Path]:

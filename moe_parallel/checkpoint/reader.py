@@ -7,13 +7,19 @@ tensors; the tensors themselves go through torch.load(weights_only=True).
 
 from __future__ import annotations
 
+import io
 import pickle
+from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, filesystem, metadata
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.utils import find_tensor_shard
 
 from moe_parallel.checkpoint.folder import UnusableCheckpointError
 
@@ -77,6 +83,32 @@ class SafeReader(FileSystemReader):
         index.storage_meta = metadata.StorageMeta(load_id=self.load_id)
         return index
 
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> torch.futures.Future:
+        """Each stored part once and in the order of the file, whatever number of pieces are wanted of it.
+
+        torch reads a whole stored part again for each of them.
+        """
+        wanted: dict[str, dict[MetadataIndex, list[ReadItem]]] = defaultdict(lambda: defaultdict(list))
+        for item in plan.items:
+            wanted[self.storage_data[item.storage_index].relative_path][item.storage_index].append(item)
+        for name, parts in sorted(wanted.items()):
+            with (Path(self.path) / name).open("rb") as file:
+                for index in sorted(parts, key=lambda index: self.storage_data[index].offset):
+                    stored = self.storage_data[index]
+                    file.seek(stored.offset)
+                    content = io.BytesIO(file.read(stored.length))
+                    part = torch.load(content, map_location="cpu", weights_only=True)
+                    for item in parts[index]:
+                        box = zip(item.storage_offsets, item.lengths, strict=True)
+                        source = part[tuple(slice(offset, offset + length) for offset, length in box)]
+                        target = planner.resolve_tensor(item).detach()
+                        if source.shape != target.shape:
+                            raise UnusableCheckpointError(f"{name} has a part of {index.fqn} of another shape")
+                        target.copy_(source)
+        done: torch.futures.Future = torch.futures.Future()
+        done.set_result(None)
+        return done
+
     def _unpickle(self, file: IO[bytes]) -> Metadata:
         try:
             index = _IndexUnpickler(file).load()
@@ -87,3 +119,19 @@ class SafeReader(FileSystemReader):
         if type(index) is not Metadata or not isinstance(index.storage_data, dict):
             raise UnusableCheckpointError(f"{self.path} is refused: its index is no index of tensors")
         return index
+
+
+class ReadPlanner(dcp.DefaultLoadPlanner):
+    """torch's planner, for entries that are no tensors but parts of one (`Pieces`)."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        # The base class would drop what is no tensor, while it looks for tensors without memory; here are none.
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return find_tensor_shard(self.state_dict[index.fqn], index)

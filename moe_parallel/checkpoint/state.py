@@ -1,8 +1,9 @@
 """Training state as one flat dict of tensors, and back.
 
-Keys: `model.<parameter or buffer>`, `optimizer.<parameter>.<moment>`, `trainer.<name>`. A value is a DTensor
-(each rank writes its part) or a plain tensor, which must be the same on all ranks. No key depends on
-the number of ranks, so any layout reads any other.
+Keys: `model.<parameter or buffer>`, `optimizer.<parameter>.<moment>`, `trainer.<name>`. A value is a DTensor or
+`Pieces` (each rank writes its part), or a plain tensor, which must be the same on all ranks that have the key. Ranks
+may have different keys: stages of a pipeline hold layers of their own. No key depends on the number of ranks, so any
+layout reads any other.
 
 torch's own get_optimizer_state_dict is not used: it steps an untouched optimizer to make state appear (a step
 count of 1 before the first step), and restores the learning rate of the file over that of the configuration.
@@ -10,18 +11,76 @@ count of 1 before the first step), and restores the learning rate of the file ov
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
-from moe_parallel.checkpoint.folder import CheckpointError, UnusableCheckpointError
+from moe_parallel.checkpoint.folder import CheckpointError
+from moe_parallel.checkpoint.pieces import Pieces
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 _REFERENCE = "__tensor__"
+Entries = dict[str, Tensor | Pieces]
+
+
+class TrainingState(Protocol):
+    """What one rank holds of a model and its optimizer, in whatever form its engine keeps it."""
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What it takes from a checkpoint: all entries of `model.`, or those of `optimizer.` as well."""
+
+    def tensors(self) -> Entries:
+        """This rank's entries, to be saved."""
+
+    def empty(self, metadata: Metadata) -> Entries:
+        """Entries of a checkpoint to be read on this rank, in its layout; weights may be the live ones.
+
+        Args:
+            metadata: the index of the checkpoint. Moments that it lacks are not wanted; weights that it lacks are.
+        """
+
+    def load(self, tensors: Entries) -> None:
+        """Take over what `empty` gave, now filled; `model.` entries that the checkpoint lacked may be absent."""
+
+
+class TorchState:
+    """A module and a torch optimizer.
+
+    Args:
+        model: parameters and persistent buffers; plain tensors or DTensors on any meshes. Loaded in place.
+        optimizer: its moments and step counts; learning rate and other hyper-parameters are the configuration's.
+            None saves and loads the model alone.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        self.model, self.optimizer = model, optimizer
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        return ("model.",) if self.optimizer is None else ("model.", "optimizer.")
+
+    def tensors(self) -> Entries:
+        model = model_state(self.model)
+        entries: Entries = dict(model)
+        if self.optimizer is not None:
+            entries.update(optimizer_state(self.optimizer, model))
+        return entries
+
+    def empty(self, metadata: Metadata) -> Entries:
+        model = model_state(self.model)
+        entries: Entries = dict(model)
+        if self.optimizer is not None:
+            entries.update(empty_optimizer_state(self.optimizer, model, metadata))
+        return entries
+
+    def load(self, tensors: Entries) -> None:
+        if self.optimizer is not None:
+            set_optimizer_state(self.optimizer, model_state(self.model), tensors)
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -58,88 +117,37 @@ def optimizer_state(optimizer: Optimizer, model: dict[str, Tensor]) -> dict[str,
 
 
 def empty_optimizer_state(optimizer: Optimizer, model: dict[str, Tensor], metadata: Metadata) -> dict[str, Tensor]:
-    """Zeros for every `optimizer.` entry of a checkpoint, laid out as this run's parameters are.
-
-    Raises:
-        UnusableCheckpointError: the checkpoint has state of parameters that this optimizer does not train.
-    """
+    """Zeros for the `optimizer.` entries of a checkpoint of this optimizer, laid out as its parameters are."""
     owned = _owned(optimizer, model)
     on_device = {
         id(parameter): bool(group.get("fused") or group.get("capturable"))
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    state, unknown = {}, []
+    state = {}
     for key, entry in metadata.state_dict_metadata.items():
         if not key.startswith("optimizer.") or not isinstance(entry, TensorStorageMetadata):
             continue
         name, _, moment = key.removeprefix("optimizer.").rpartition(".")
         parameter = owned.get(name)
         if parameter is None:
-            unknown.append(key)
-        elif moment == "step":
+            continue
+        if moment == "step":
             device = parameter.device if on_device[id(parameter)] else torch.device("cpu")
             state[key] = torch.zeros((), dtype=entry.properties.dtype, device=device)
         else:
             state[key] = torch.zeros_like(parameter.detach(), dtype=entry.properties.dtype)
-    if unknown:
-        raise UnusableCheckpointError(
-            "the checkpoint has optimizer state of parameters that this run does not train: "
-            f"{listing(unknown)}; train the same parameters, or load the model without its optimizer"
-        )
     return state
 
 
-def set_optimizer_state(optimizer: Optimizer, model: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:
-    """Replace the optimizer's state. Hyper-parameters of its groups stay those of the configuration."""
+def set_optimizer_state(optimizer: Optimizer, model: dict[str, Tensor], loaded: Entries) -> None:
+    """Replace the optimizer's state by the `optimizer.` entries. Hyper-parameters of its groups stay as configured."""
     owned = _owned(optimizer, model)
     optimizer.state.clear()
     for key, value in loaded.items():
-        name, _, moment = key.removeprefix("optimizer.").rpartition(".")
-        optimizer.state[owned[name]][moment] = value
-
-
-def check_entries(wanted: dict[str, Tensor], metadata: Metadata, with_optimizer: bool) -> None:
-    """Compare names, shapes and types with those of a checkpoint.
-
-    Raises:
-        UnusableCheckpointError: lists what is missing, unexpected or different.
-    """
-    stored = {
-        key: entry
-        for key, entry in metadata.state_dict_metadata.items()
-        if key.startswith("model.") or (with_optimizer and key.startswith("optimizer."))
-    }
-    problems = []
-    if missing := sorted(wanted.keys() - stored.keys()):
-        problems.append(f"missing from the checkpoint: {listing(missing)}")
-    if unexpected := sorted(stored.keys() - wanted.keys()):
-        problems.append(f"unknown to this run: {listing(unexpected)}")
-    different = []
-    for key in sorted(wanted.keys() & stored.keys()):
-        entry, tensor = stored[key], wanted[key]
-        if not isinstance(entry, TensorStorageMetadata):
-            different.append(f"{key} is not a tensor in the checkpoint")
-        elif (tuple(entry.size), entry.properties.dtype) != (tuple(tensor.shape), tensor.dtype):
-            different.append(
-                f"{key} is {entry.properties.dtype} {tuple(entry.size)} in the checkpoint, "
-                f"{tensor.dtype} {tuple(tensor.shape)} in this run"
-            )
-    if different:
-        problems.append(f"different: {listing(different)}")
-    if problems:
-        raise UnusableCheckpointError("the checkpoint does not fit the model: " + "; ".join(problems))
-
-
-def common_entries(wanted: dict[str, Tensor], metadata: Metadata) -> dict[str, Tensor]:
-    """Those of `wanted` that a checkpoint has.
-
-    Raises:
-        UnusableCheckpointError: it has weights that are not wanted, or others of the same name.
-    """
-    common = {key: tensor for key, tensor in wanted.items() if key in metadata.state_dict_metadata}
-    check_entries(common, metadata, with_optimizer=False)
-    return common
+        if key.startswith("optimizer."):
+            name, _, moment = key.removeprefix("optimizer.").rpartition(".")
+            optimizer.state[owned[name]][moment] = value
 
 
 def split_extra(extra: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
@@ -191,11 +199,14 @@ def empty_extra(metadata: Metadata) -> dict[str, Tensor]:
     }
 
 
-def size_bytes(state: dict[str, Tensor]) -> int:
-    """Upper estimate of what all ranks together write for `state`: each element once, a header per part."""
-    parts = sum(t.device_mesh.size() if isinstance(t, DTensor) else 1 for t in state.values())
-    # A part is a zip archive of its own (1.2 KiB) with an entry of some 200 bytes in the index.
-    return sum(t.numel() * t.element_size() for t in state.values()) + 2048 * (parts + 8)
+def host_copy(tensors: Entries) -> Entries:
+    """A copy in host memory that training does not change."""
+    pieces = {name: entry.on_host() for name, entry in tensors.items() if isinstance(entry, Pieces)}
+    others = {name: entry for name, entry in tensors.items() if name not in pieces}
+    # Without its options the stager makes a plain copy before it returns.
+    copy = DefaultStager(StagingOptions(False, False, False, False)).stage(others)
+    assert isinstance(copy, dict)
+    return copy | pieces
 
 
 def listing(names: list[str], most: int = 8) -> str:

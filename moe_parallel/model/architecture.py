@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from moe_parallel.model.attention import AttentionConfig, GroupedQueryConfig
 from moe_parallel.moe.balance import BalanceConfig
@@ -30,6 +31,11 @@ class ModelConfig:
     """Added to the mean square in every RMSNorm."""
     max_sequence_tokens: int | None = None
     """Longest sequence that the model accepts; null has no limit."""
+    mtp_layers: int = 0
+    """Modules of multi-token prediction, each of which trains to see one token further (1 in DeepSeek-V3); 0 has none.
+    Generation does not use them."""
+    mtp_coefficient: float = 0.3
+    """Factor on the mean of their losses (DeepSeek-V3: 0.3, later 0.1)."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "num_layers", "ffn_dim"):
@@ -45,6 +51,25 @@ class ModelConfig:
             )
         if self.norm_epsilon <= 0:
             raise ValueError(f"model.norm_epsilon={self.norm_epsilon} must be positive")
+        if self.mtp_layers < 0:
+            raise ValueError(f"model.mtp_layers={self.mtp_layers} must not be negative; 0 has none")
+        if self.mtp_coefficient <= 0:
+            raise ValueError(
+                f"model.mtp_coefficient={self.mtp_coefficient} must be positive; to train without multi-token "
+                "prediction set model.mtp_layers=0"
+            )
+
+
+    def token_loss(self, cross_entropy: Tensor) -> Tensor:
+        """What the losses of a model's tokens are in training: that of the next token, and the mean of those of
+        multi-token prediction times its coefficient.
+
+        Args:
+            cross_entropy: (1 + mtp_layers), sums over tokens; a scalar will do where there is no such prediction.
+        """
+        losses = cross_entropy.flatten()
+        assert len(losses) == 1 + self.mtp_layers, "a loss is missing"
+        return losses[0] + self.mtp_coefficient * losses[1:].mean() if self.mtp_layers else losses[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,5 +96,21 @@ class Architecture:
             self.moe.check_router(self.router)
 
     @property
+    def num_blocks(self) -> int:
+        """Layers of the decoder, then those of multi-token prediction, which go on with their numbers."""
+        return self.model.num_layers + self.model.mtp_layers
+
+    @property
+    def last_embeds(self) -> bool:
+        """What follows the layers needs the embedding's weight as well."""
+        return self.model.tie_embeddings or self.model.mtp_layers > 0
+
+    @property
+    def moe_layers(self) -> range:
+        """Numbers of the layers with experts. Multi-token prediction has layers like the decoder's last one."""
+        first = self.model.first_dense_layers
+        return range(first, self.num_blocks if first < self.model.num_layers else first)
+
+    @property
     def num_moe_layers(self) -> int:
-        return self.model.num_layers - self.model.first_dense_layers
+        return len(self.moe_layers)

@@ -12,7 +12,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from moe_data.batch import TokenBatch
 from moe_parallel.model.core import AttentionCore, attend, document_mask
+from moe_parallel.model.dense import Split, SplitLinear, normalize_split
 from moe_parallel.model.rope import RopeConfig, Rotary, rotate_halves
+from moe_parallel.sequence_exchange import SequenceExchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +25,31 @@ class AttentionPlan:
     """
 
     rotation: tuple[Tensor, Tensor]
-    """Cosines and sines of the positions, float32 (B, S, rotated width / 2)."""
+    """Cosines and sines of the positions that queries and keys are projected at, float32 (B, S, rotated width / 2)."""
     document_lengths: tuple[tuple[int, ...], ...]
+    """Of whole sequences, which softmax attention always sees."""
     mask: Tensor | BlockMask | None
     """See `document_mask`."""
 
 
-def plan_attention(batch: TokenBatch, rotary: Rotary, core: AttentionCore) -> AttentionPlan:
+def plan_attention(
+    batch: TokenBatch, rotary: Rotary, core: AttentionCore, exchange: SequenceExchange | None
+) -> AttentionPlan:
     """Work out what depends on the batch and on no weight."""
-    return AttentionPlan(rotary(batch.position_BS), batch.document_lengths, document_mask(batch, core))
+    if exchange is None:
+        return AttentionPlan(rotary(batch.position_BS), batch.document_lengths, document_mask(batch, core))
+    whole = batch if batch.whole is None else batch.whole
+    position_BS = whole.position_BS.chunk(exchange.cp_ranks, dim=1)[exchange.cp_rank]
+    return AttentionPlan(rotary(position_BS), whole.document_lengths, document_mask(whole, core))
+
+
+def attend_whole(
+    qkv: tuple[Tensor, Tensor, Tensor], plan: AttentionPlan, scale: float, exchange: SequenceExchange | None
+) -> Tensor:
+    """Softmax attention of projected queries, keys and values, each on whole sequences: (B, H, S, d)."""
+    q_BHSd, k_BHSd, v_BHSd = qkv if exchange is None else exchange.to_heads(*qkv)
+    out_BHSd = attend(q_BHSd, k_BHSd, v_BHSd, plan.document_lengths, plan.mask, scale)
+    return out_BHSd if exchange is None else exchange.to_tokens(out_BHSd)
 
 
 class QKNorm(str, Enum):
@@ -101,10 +119,12 @@ class GroupedQueryAttention(nn.Module):
         self.config = config
         self.head_dim = config.head_width(dim)
         query_dim, key_dim = config.num_heads * self.head_dim, config.key_heads * self.head_dim
-        self.query = nn.Linear(dim, query_dim, bias=False)
-        self.key = nn.Linear(dim, key_dim, bias=False)
-        self.value = nn.Linear(dim, key_dim, bias=False)
-        self.output = nn.Linear(query_dim, dim, bias=False)
+        self.query = SplitLinear(dim, query_dim, Split.outputs)
+        self.key = SplitLinear(dim, key_dim, Split.outputs)
+        self.value = SplitLinear(dim, key_dim, Split.outputs)
+        self.output = SplitLinear(query_dim, dim, Split.inputs)
+        self.exchange: SequenceExchange | None = None
+        """Set by the engine where ranks share sequences."""
         self.query_norm: nn.RMSNorm | None = None
         self.key_norm: nn.RMSNorm | None = None
         if config.qk_norm is not QKNorm.none:
@@ -115,13 +135,16 @@ class GroupedQueryAttention(nn.Module):
 
     def plan(self, batch: TokenBatch) -> AttentionPlan:
         """For this layer and all of the same options."""
-        return plan_attention(batch, self.rotary, self.config.core)
+        return plan_attention(batch, self.rotary, self.config.core, self.exchange)
 
     def forward(self, x_BSD: Tensor, plan: AttentionPlan) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        q_BHSd, k_BHSd, v_BHSd = self.project(x_BSD, plan.rotation)
-        out_BHSd = attend(q_BHSd, k_BHSd, v_BHSd, plan.document_lengths, plan.mask, self.head_dim**-0.5)
-        return self.output(out_BHSd.transpose(1, 2).flatten(2))
+        scale, exchange = self.head_dim**-0.5, self.exchange
+        if exchange is not None:
+            (x_BSD,) = exchange.gather(x_BSD)
+        out_BHSd = attend_whole(self.project(x_BSD, plan.rotation), plan, scale, exchange)
+        out_BSD = self.output(out_BHSd.transpose(1, 2).flatten(2))
+        return out_BSD if exchange is None else exchange.scatter(out_BSD)
 
     def project(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B, H, S, d) each, rotated."""
@@ -131,7 +154,7 @@ class GroupedQueryAttention(nn.Module):
 
     def _heads(self, x_BSD: Tensor, norm: nn.RMSNorm | None) -> Tensor:
         if norm is not None and self.config.qk_norm is QKNorm.full:
-            x_BSD = norm(x_BSD)
+            x_BSD = norm(x_BSD) if self.exchange is None else normalize_split(x_BSD, norm, self.exchange)
         x_BSHd = x_BSD.unflatten(-1, (-1, self.head_dim))
         if norm is not None and self.config.qk_norm is QKNorm.head:
             x_BSHd = norm(x_BSHd)

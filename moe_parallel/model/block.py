@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from moe_data.batch import TokenBatch
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.attention import AttentionPlan, GroupedQueryAttention, GroupedQueryConfig
+from moe_parallel.model.dense import DenseNetwork
 from moe_parallel.model.latent_attention import LatentAttention, LatentConfig
 from moe_parallel.moe.chain import ChainBlock, Renormalize, Residual
-from moe_parallel.moe.experts import SwiGLU
 from moe_parallel.moe.layer import MoELayer
 from moe_parallel.moe.routing import ForwardContext, LayerStats, Replay
 
@@ -42,11 +42,12 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(model.dim, eps=model.norm_epsilon)
         self.later_norms = nn.ModuleList()
         """Norms of later iterations of a chain of experts, if they have their own."""
-        self.ffn: MoELayer | SwiGLU
-        if layer < model.first_dense_layers:
-            self.ffn = SwiGLU(model.dim, model.ffn_dim)
+        self.ffn: MoELayer | DenseNetwork
+        if layer not in architecture.moe_layers:
+            self.ffn = DenseNetwork(model.dim, model.ffn_dim)
         else:
-            self.ffn = MoELayer(model.dim, architecture.moe, architecture.router, architecture.balance, layer)
+            options = architecture.moe, architecture.router, architecture.balance
+            self.ffn = MoELayer(model.dim, *options, layer, first=layer == architecture.moe_layers[0])
             chain = architecture.moe.chain
             if chain.renormalize is Renormalize.per_iteration:
                 for _ in range(chain.iterations - 1):
@@ -66,7 +67,7 @@ class Block(nn.Module):
         self, x_BSD: Tensor, batch: TokenBatch, plan: AttentionPlan, context: ForwardContext
     ) -> tuple[Tensor, list[LayerStats]]:
         x_BSD, hidden_BSD = self.add(x_BSD, self.attention(self.enter(x_BSD), plan))
-        if isinstance(self.ffn, SwiGLU):
+        if isinstance(self.ffn, DenseNetwork):
             return x_BSD + self.ffn(hidden_BSD), []
         stream_BSD = hidden_BSD if self.ffn.config.chain.block is ChainBlock.reference else x_BSD
         stream_TD, hidden_TD = stream_BSD.flatten(0, 1), hidden_BSD.flatten(0, 1)
@@ -89,8 +90,9 @@ class Block(nn.Module):
         Methods and not modules: hooks of FSDP and of recompute stay outside, and the kernel, whose documents differ
         from batch to batch, is no part of a graph. All layers share the compiled graphs.
         """
-        for owner, name in ((self, "enter"), (self.attention, "project"), (self, "add")):
-            setattr(owner, name, torch.compile(getattr(owner, name)))
+        for owner, name in ((self, "enter"), (self.attention, "compress"), (self.attention, "project"), (self, "add")):
+            if hasattr(owner, name):  # only latent attention compresses
+                setattr(owner, name, torch.compile(getattr(owner, name)))
 
     def _renormalize(self, stream_TD: Tensor) -> Callable[[int, Tensor], Tensor] | None:
         """What a later iteration of a chain of experts sees, from the sum of the outputs before it."""

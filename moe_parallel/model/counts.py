@@ -2,7 +2,8 @@
 
 Conventions. Active parameters are those that one token uses: everything dense, with embedding and head, the shared
 experts and its routed ones, as published counts of DeepSeekMoE, OLMoE, Qwen3 and Mixtral have it. Chained experts are
-used, and counted in FLOPs, once in each iteration. A multiply-add is 2 FLOPs. Backward costs twice forward.
+used, and counted in FLOPs, once in each iteration. Multi-token prediction, where there is any, is counted as in training:
+its layers are used, and the head once for each. A multiply-add is 2 FLOPs. Backward costs twice forward.
 Recomputation is not counted, nor is the second computation of the head's logits.
 """
 
@@ -60,25 +61,39 @@ def count_parameters(architecture: Architecture) -> ParameterCounts:
     moe_vectors = later * chain.learned_scale
     if chain.renormalize is Renormalize.per_iteration:
         moe_vectors += later * model.dim
-    moe_layers = architecture.num_moe_layers
+    moe_layers, mtp = architecture.num_moe_layers, model.mtp_layers
+    dense_layers = architecture.num_blocks - moe_layers
     expert = 3 * model.dim * moe.expert_dim
     taken = router.top_k * chain.iterations
     distinct = min(taken, moe.num_experts)
     repeated = later * shared * chain.shared_every_iteration + (taken - distinct) * expert
     if not chain.own_routers:
         repeated += later * router.num_weights(model.dim, moe.num_experts)
+        repeated += later * router.carry_weights(moe.num_experts)
     table = architecture.vocab_size * model.dim
     return ParameterCounts(
         embedding=table,
         head=0 if model.tie_embeddings else table,
-        matrices=model.num_layers * attention_matrices
-        + model.first_dense_layers * 3 * model.dim * model.ffn_dim
-        + moe_layers * moe_matrices,
-        norms=model.num_layers * (2 * model.dim + attention_norms) + model.dim + moe_layers * moe_vectors,
+        matrices=architecture.num_blocks * attention_matrices
+        + dense_layers * 3 * model.dim * model.ffn_dim
+        + moe_layers * moe_matrices
+        + _carry_weights(architecture)
+        + mtp * 2 * model.dim**2,
+        norms=architecture.num_blocks * (2 * model.dim + attention_norms)
+        + (1 + 3 * mtp) * model.dim
+        + moe_layers * moe_vectors,
         routed=moe_layers * moe.num_experts * expert,
         routed_active=moe_layers * distinct * expert,
         repeated=moe_layers * repeated,
     )
+
+
+def _carry_weights(architecture: Architecture) -> int:
+    """Weights by which routers make use of what others hand to them: of all but the first one."""
+    chain = architecture.moe.chain
+    routers = architecture.num_moe_layers * (chain.iterations if chain.own_routers else 1)
+    first = chain.own_routers or chain.iterations == 1  # one that a chain shares gets something all the same
+    return max(0, routers - first) * architecture.router.carry_weights(architecture.moe.num_experts)
 
 
 def _attention_parameters(architecture: Architecture) -> tuple[int, int]:
@@ -119,11 +134,12 @@ def forward_flops_per_token(architecture: Architecture, sequence_tokens: int) ->
     """
     counts = count_parameters(architecture)
     head = counts.head or counts.embedding  # a tied head is multiplied all the same
-    weights = head + counts.matrices + counts.routed_active + counts.repeated
+    heads_run = 1 + architecture.model.mtp_layers
+    weights = heads_run * head + counts.matrices + counts.routed_active + counts.repeated
     query_dim, value_dim = _head_widths(architecture)
     context = (sequence_tokens + 1) / 2
     heads = architecture.attention.num_heads
-    attention = architecture.model.num_layers * heads * (query_dim + value_dim) * context
+    attention = architecture.num_blocks * heads * (query_dim + value_dim) * context
     return 2.0 * (weights + attention)
 
 
@@ -173,68 +189,102 @@ def memory_per_rank(
     shard: int = 1,
     ep: int = 1,
     expert_shard: int = 1,
+    tp: int = 1,
     recompute: Recompute = Recompute.none,
+    reshard: bool = True,
+    gradients_wait: bool = False,
+    embedding: bool = True,
+    head: bool = True,
+    in_flight: int = 1,
+    imbalance: float = 1.0,
     size: Bytes | None = None,
 ) -> MemoryEstimate:
     """Estimate of the peak on one rank, early in a backward pass.
 
     Weights, gradients and optimizer state are exact but for uneven shards. Activations are what autograd keeps, by
-    counting (see `_layer_activations`); routing is taken to be balanced. Allocator slack, buffers of collectives and
-    temporaries inside kernels are not in it.
+    counting (see `_layer_activations`). Allocator slack, buffers of collectives and temporaries inside kernels are not
+    in it. A pipeline stage is a model of its layers, with or without embedding and head.
 
     Args:
         micro_batch_tokens: tokens that one rank computes at once.
         shard: ranks that dense weights are split over.
         ep, expert_shard: ranks that experts are split over, by expert and within each.
+        tp: ranks that attention and dense networks are split over, besides `shard`.
+        reshard: whole weights are let go after each layer.
+        gradients_wait: gradients are reduced after the last of several micro-batches only, and are whole until then.
+        in_flight: micro-batches whose forward pass is done and whose backward pass is not.
+        imbalance: rows of this rank's experts over the mean of the ranks.
     """
     size = Bytes() if size is None else size
     counts = count_parameters(architecture)
-    dense = counts.total - counts.routed
-    held = dense // shard + counts.routed // (ep * expert_shard)
+    outside = counts.embedding * (embedding or (head and counts.head == 0))
+    outside += head * (counts.head + architecture.model.dim)
+    layers, tokens = architecture.num_blocks, micro_batch_tokens
+    inside = counts.total - counts.routed - counts.embedding - counts.head - architecture.model.dim
+    held = (outside + inside) // (shard * tp) + counts.routed // (ep * expert_shard)
+    whole = inside // tp + counts.routed // ep
     gathered = 0
-    if shard > 1 or expert_shard > 1 or size.compute != size.weight:
-        layers = architecture.model.num_layers
-        outside = counts.embedding + counts.head + architecture.model.dim
-        layer = (dense - outside) // layers + counts.routed // max(1, architecture.num_moe_layers) // ep
-        gathered = (outside + min(2, layers) * layer) * size.compute
+    if shard * tp > 1 or expert_shard > 1 or size.compute != size.weight:
+        layer = inside // tp // layers + counts.routed // max(1, architecture.num_moe_layers) // ep
+        gathered = (outside + (min(2, layers) * layer if reshard else whole)) * size.compute
+    activations = _activation_bytes(
+        architecture, tokens, recompute, size.compute, ep, tp=tp, head=head, in_flight=in_flight, imbalance=imbalance
+    )
     return MemoryEstimate(
         weights=held * size.weight,
-        gradients=held * size.gradient,
+        gradients=(outside + whole if gradients_wait else held) * size.gradient,
         optimizer=held * size.optimizer,
         gathered=gathered,
-        activations=_activation_bytes(architecture, micro_batch_tokens, recompute, size.compute, ep),
-        temporary=_temporary_bytes(architecture, micro_batch_tokens, size.compute),
+        activations=activations,
+        temporary=_temporary_bytes(architecture, tokens, size.compute, head, imbalance),
     )
 
 
-def _temporary_bytes(architecture: Architecture, tokens: int, compute: int) -> int:
+def _temporary_bytes(architecture: Architecture, tokens: int, compute: int, has_head: bool, imbalance: float) -> int:
     model, moe, vocabulary = architecture.model, architecture.moe, architecture.vocab_size
     words = slice_words(tokens, vocabulary)
     logits = words * (8 + (0 if words == vocabulary else compute))  # two float32 copies; one slice alone is kept
     head = tokens * (logits + 4 * model.dim) + vocabulary * model.dim * compute  # and both gradients
     hidden = 3 * model.ffn_dim * min(1, model.first_dense_layers)  # gradients of the pre-activation and after it
     if architecture.num_moe_layers:
-        hidden = max(hidden, architecture.router.top_k * (3 * moe.expert_dim + model.dim))
-    return max(head, tokens * hidden * compute)
+        hidden = max(hidden, int(imbalance * architecture.router.top_k * (3 * moe.expert_dim + model.dim)))
+    return max(head * has_head, tokens * hidden * compute)
 
 
-def _activation_bytes(architecture: Architecture, tokens: int, recompute: Recompute, compute: int, ep: int) -> int:
+def _activation_bytes(
+    architecture: Architecture,
+    tokens: int,
+    recompute: Recompute,
+    compute: int,
+    ep: int,
+    *,
+    tp: int,
+    head: bool,
+    in_flight: int,
+    imbalance: float,
+) -> int:
     model, attention = architecture.model, architecture.attention
-    dense_layer = _layer_activations(architecture, False, recompute, compute, ep)
-    moe_layer = _layer_activations(architecture, True, recompute, compute, ep)
-    layers = model.first_dense_layers * dense_layer + architecture.num_moe_layers * moe_layer
+    dense_layer = _layer_activations(architecture, False, recompute, compute, ep, tp, imbalance)
+    moe_layer = _layer_activations(architecture, True, recompute, compute, ep, tp, imbalance)
+    moe_layers, blocks = architecture.num_moe_layers, architecture.num_blocks
+    layers, once = (blocks - moe_layers) * dense_layer + moe_layers * moe_layer, 0
+    joined = 4  # of multi-token prediction: inputs of the two norms before the projection, and of the projection
     if recompute is Recompute.full:
-        worst = moe_layer if architecture.num_moe_layers else dense_layer
-        layers = model.num_layers * model.dim * compute + worst
-    head = 2 * model.dim * compute + 4  # input and output of the last norm; log-sum-exp
+        once = moe_layer if moe_layers else dense_layer
+        layers = model.num_layers * model.dim * compute
+        joined = 1  # the first two, without the input of the last norm
+    layers += model.mtp_layers * joined * model.dim * compute
+    last = 2 * model.dim * compute + 4  # input and output of the last norm; log-sum-exp
     if slice_words(tokens, architecture.vocab_size) == architecture.vocab_size:
-        head += architecture.vocab_size * compute
+        last += architecture.vocab_size * compute
     rotated_dim = attention.rope_head_dim if isinstance(attention, LatentConfig) else _head_widths(architecture)[0]
     rotation = 4 * rotated_dim  # all layers use the same
-    return tokens * (layers + rotation + head)
+    return tokens * (in_flight * (layers + rotation + head * (1 + model.mtp_layers) * last) + once)
 
 
-def _layer_activations(architecture: Architecture, is_moe: bool, recompute: Recompute, compute: int, ep: int) -> int:
+def _layer_activations(
+    architecture: Architecture, is_moe: bool, recompute: Recompute, compute: int, ep: int, tp: int, imbalance: float
+) -> int:
     """Bytes a token that one layer keeps for its backward pass, when nothing of it is computed again."""
     model, moe, attention = architecture.model, architecture.moe, architecture.attention
     query_dim, value_dim = _head_widths(architecture)
@@ -251,6 +301,8 @@ def _layer_activations(architecture: Architecture, is_moe: bool, recompute: Reco
         if attention.qk_norm is not QKNorm.none:
             elements += (heads + attention.key_heads) * query_dim
     elements += heads * value_dim  # output of the core
+    if tp > 1:  # inputs of projections, with the tokens of all tp ranks
+        elements += tp * model.dim * (2 - is_moe)
     float32 += heads  # log-sum-exp of the core
     if not is_moe:
         return compute * (elements + 4 * model.ffn_dim) + 4 * float32
@@ -258,10 +310,11 @@ def _layer_activations(architecture: Architecture, is_moe: bool, recompute: Reco
     shared_runs = iterations if moe.chain.shared_every_iteration else 1
     elements += shared_runs * (4 * moe.num_shared_experts * moe.expert_dim + model.dim * moe.shared_expert_gate)
     taken = architecture.router.top_k * iterations
+    arrived = int(taken * (imbalance if ep > 1 else 1))
     if ep > 1:
-        elements += taken * 2 * model.dim  # rows that came and rows that came back
+        elements += (arrived + taken) * model.dim  # rows that came and rows that came back
     if recompute is not Recompute.selective:
-        elements += taken * 2 * moe.expert_dim
+        elements += arrived * 2 * moe.expert_dim
     elements += (iterations - 1) * model.dim  # what later iterations see
     float32 += iterations * (3 * moe.num_experts + (0 if compute == 4 else model.dim))  # scores; float32 input
     return compute * elements + 4 * float32

@@ -12,13 +12,23 @@ from moe_parallel.model.transformer import Transformer
 from moe_parallel.moe.routing import ForwardContext
 
 
-def _evaluation() -> ForwardContext:
-    return ForwardContext(training=False)
+def logits_of(model: Transformer) -> Callable[[TokenBatch], Tensor]:
+    """What a whole model that no engine has split says of a batch on the host: logits (B, S, V)."""
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def logits(batch: TokenBatch) -> Tensor:
+        was_training = model.training
+        model.eval()
+        logits_BSV, _stats = model(batch.to(device), ForwardContext(training=False))
+        model.train(was_training)
+        return logits_BSV
+
+    return logits
 
 
-@torch.no_grad()
 def generate(
-    model: Transformer,
+    logits: Callable[[TokenBatch], Tensor],
     prompt: Sequence[int],
     num_tokens: int,
     *,
@@ -26,7 +36,6 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     allowed_ids: int | None = None,
-    context: Callable[[], ForwardContext] = _evaluation,
 ) -> list[int]:
     """Continue a prompt by exactly `num_tokens` tokens.
 
@@ -34,27 +43,22 @@ def generate(
     step, which is also why no token ends the text early.
 
     Args:
+        logits: (B, S, V) of a batch on the host: `Engine.logits`, or `logits_of` a model.
         prompt: at least one id.
         temperature: 0 takes the most likely token.
         top_k: sample from the k most likely tokens only.
         seed: equal seeds give equal texts.
         allowed_ids: sample only ids below this; a head may have more rows than the tokenizer has ids.
-        context: makes the context of each forward pass.
     Returns:
         The new ids, without the prompt.
     """
     _check(prompt, num_tokens, temperature, top_k)
-    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    was_training = model.training
-    model.eval()
     ids = list(prompt)
     for _ in range(num_tokens):
-        logits_BSV, _stats = model(_one_document(ids, device), context())
         # Sampled on the host from float32, so that devices and ranks draw from the same stream.
-        logits_V = logits_BSV[0, -1].float().cpu()
+        logits_V = logits(_one_document(ids))[0, -1].float().cpu()
         ids.append(_sample(logits_V[:allowed_ids], temperature, top_k, generator))
-    model.train(was_training)
     return ids[len(prompt) :]
 
 
@@ -69,13 +73,13 @@ def _check(prompt: Sequence[int], num_tokens: int, temperature: float, top_k: in
         raise ValueError(f"top_k={top_k} must be at least 1, or None for all tokens")
 
 
-def _one_document(ids: list[int], device: torch.device) -> TokenBatch:
-    token_BS = torch.tensor([ids], device=device)
-    zero_B = torch.zeros(1, dtype=torch.int64, device=device)
+def _one_document(ids: list[int]) -> TokenBatch:
+    token_BS = torch.tensor([ids])
+    zero_B = torch.zeros(1, dtype=torch.int64)
     return TokenBatch(
         token_BS=token_BS,
         target_BS=torch.full_like(token_BS, IGNORE),
-        position_BS=torch.arange(len(ids), device=device).unsqueeze(0),
+        position_BS=torch.arange(len(ids)).unsqueeze(0),
         document_BS=torch.zeros_like(token_BS),
         sequence_B=zero_B,
         source_B=zero_B,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -54,35 +55,71 @@ def init_weights(model: Transformer, config: InitConfig, seed: int) -> None:
         name = _WRAPPERS.sub("", wrapped_name)
         if parameter.is_meta:
             raise ValueError(f"{name} has no memory yet; call model.to_empty(device=...) before init_weights")
-        if _NORM.search(name) is not None:
-            _local(parameter).fill_(1.0)
-        elif name.endswith("later_scale") or (parameter.ndim < 2 and _OF_ROUTER.search(name) is not None):
-            _local(parameter).zero_()
-        elif parameter.ndim >= 2:
-            scaled = config.scale_output_by_depth and _RESIDUAL_OUTPUT.search(name) is not None
-            std = config.std / math.sqrt(2 * num_layers) if scaled else config.std
-            fill_normal(parameter, std, hash_key(seed, name))
-        else:
-            raise ValueError(f"no rule says how to initialize {name} of shape {tuple(parameter.shape)}")
+        _fill(_local(parameter), name, parameter.shape, _held_indices(parameter), config, num_layers, seed)
     for name, buffer in model.named_buffers():
         if _OF_ROUTER.search(name) is None:
             raise ValueError(f"no rule says how to initialize buffer {name}")
         _local(buffer).zero_()
 
 
+@torch.no_grad()
+def init_part(
+    part: Tensor,
+    name: str,
+    shape: Sequence[int],
+    offsets: Sequence[int],
+    config: InitConfig,
+    num_layers: int,
+    seed: int,
+) -> None:
+    """Set a box of a weight, for engines that cut weights in their own way.
+
+    Args:
+        part: the box, with real memory.
+        name, shape: of the whole weight in a Transformer.
+        offsets: of the box in it.
+    """
+    held = [torch.arange(first, first + size) for first, size in zip(offsets, part.shape, strict=True)]
+    _fill(part, name, shape, held, config, num_layers, seed)
+
+
+def _fill(
+    local: Tensor,
+    name: str,
+    shape: Sequence[int],
+    held: list[Tensor],
+    config: InitConfig,
+    num_layers: int,
+    seed: int,
+) -> None:
+    """First values of what is held of a weight, by its name: `held[dim]` are the indices of the whole along `dim`."""
+    if _NORM.search(name) is not None:
+        local.fill_(1.0)
+    elif name.endswith("later_scale") or (len(shape) < 2 and _OF_ROUTER.search(name) is not None):
+        local.zero_()
+    elif len(shape) >= 2:
+        scaled = config.scale_output_by_depth and _RESIDUAL_OUTPUT.search(name) is not None
+        std = config.std / math.sqrt(2 * num_layers) if scaled else config.std
+        _fill_normal(local, shape, held, std, hash_key(seed, name))
+    else:
+        raise ValueError(f"no rule says how to initialize {name} of shape {tuple(shape)}")
+
+
 def fill_normal(parameter: Tensor, std: float, key: int) -> None:
     """Fill this rank's shard with N(0, std^2); element i of the whole tensor is a hash of (key, i)."""
-    local = _local(parameter)
-    strides = [math.prod(parameter.shape[dim + 1 :]) for dim in range(parameter.ndim)]
-    offsets = [index * stride for index, stride in zip(_held_indices(parameter), strides)]
-    _fill(local, offsets, std, key)
+    _fill_normal(_local(parameter), parameter.shape, _held_indices(parameter), std, key)
 
 
-def _fill(local: Tensor, offsets: list[Tensor], std: float, key: int) -> None:
+def _fill_normal(local: Tensor, shape: Sequence[int], held: list[Tensor], std: float, key: int) -> None:
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    _fill_rows(local, [index * stride for index, stride in zip(held, strides)], std, key)
+
+
+def _fill_rows(local: Tensor, offsets: list[Tensor], std: float, key: int) -> None:
     """`offsets[dim][i]`: what index i along `dim` adds to the flat index in the whole tensor. int64, on the host."""
     if local.ndim > 2:
         for part, offset in zip(local, offsets[0].tolist()):
-            _fill(part, [offsets[1] + offset, *offsets[2:]], std, key)
+            _fill_rows(part, [offsets[1] + offset, *offsets[2:]], std, key)
         return
     if local.numel() == 0:
         return

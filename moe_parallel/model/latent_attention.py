@@ -7,9 +7,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from moe_data.batch import TokenBatch
-from moe_parallel.model.attention import AttentionConfig, AttentionPlan, plan_attention
-from moe_parallel.model.core import attend
+from moe_parallel.model.attention import AttentionConfig, AttentionPlan, attend_whole, plan_attention
+from moe_parallel.model.dense import Split, SplitLinear
 from moe_parallel.model.rope import Rotary, latent_softmax_factor, rotate_pairs
+from moe_parallel.sequence_exchange import SequenceExchange
 
 
 @dataclass(kw_only=True)
@@ -52,47 +53,54 @@ class LatentAttention(nn.Module):
         self.config = config
         query_dim = config.num_heads * config.query_head_dim
         if config.q_rank is None:
-            self.query = nn.Linear(dim, query_dim, bias=False)
+            self.query = SplitLinear(dim, query_dim, Split.outputs)
         else:
             self.query_down = nn.Linear(dim, config.q_rank, bias=False)
             self.query_norm = nn.RMSNorm(config.q_rank, eps=norm_epsilon)
-            self.query_up = nn.Linear(config.q_rank, query_dim, bias=False)
+            self.query_up = SplitLinear(config.q_rank, query_dim, Split.outputs)
         self.latent_down = nn.Linear(dim, config.kv_rank + config.rope_head_dim, bias=False)
         self.latent_norm = nn.RMSNorm(config.kv_rank, eps=norm_epsilon)
         expanded_dim = config.num_heads * (config.nope_head_dim + config.value_head_dim)
-        self.latent_up = nn.Linear(config.kv_rank, expanded_dim, bias=False)
-        self.output = nn.Linear(config.num_heads * config.value_head_dim, dim, bias=False)
+        self.latent_up = SplitLinear(config.kv_rank, expanded_dim, Split.outputs)
+        self.output = SplitLinear(config.num_heads * config.value_head_dim, dim, Split.inputs)
+        self.exchange: SequenceExchange | None = None
+        """Set by the engine where ranks share sequences."""
         self.rotary = Rotary(config.rope, config.rope_head_dim)
         self.scale = config.query_head_dim**-0.5 * latent_softmax_factor(config.rope)
 
     def plan(self, batch: TokenBatch) -> AttentionPlan:
         """For this layer and all of the same options."""
-        return plan_attention(batch, self.rotary, self.config.core)
+        return plan_attention(batch, self.rotary, self.config.core, self.exchange)
 
     def forward(self, x_BSD: Tensor, plan: AttentionPlan) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        q_BHSd, k_BHSd, v_BHSd = self.project(x_BSD, plan.rotation)
-        out_BHSd = attend(q_BHSd, k_BHSd, v_BHSd, plan.document_lengths, plan.mask, self.scale)
-        return self.output(out_BHSd.transpose(1, 2).flatten(2))
+        exchange = self.exchange
+        query, latent, shared_key = self.compress(x_BSD)
+        if exchange is not None:  # what travels is as narrow as the latents
+            query, latent, shared_key = exchange.gather(query, latent, shared_key)
+        qkv = self.project(query, latent, shared_key, plan.rotation)
+        out_BHSd = attend_whole(qkv, plan, self.scale, exchange)
+        out_BSD = self.output(out_BHSd.transpose(1, 2).flatten(2))
+        return out_BSD if exchange is None else exchange.scatter(out_BSD)
 
-    def project(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, (B, H, S, d) each, their parts with positions rotated."""
-        return self._queries(x_BSD, rotation), *self._keys_values(x_BSD, rotation)
-
-    def _queries(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def compress(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What each token is projected from: the queries' source, the latent of keys and values, the shared key."""
         config = self.config
-        if config.q_rank is None:
-            q_BSD = self.query(x_BSD)
-        else:
-            q_BSD = self.query_up(self.query_norm(self.query_down(x_BSD)))
-        q_BHSd = q_BSD.unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
-        plain, rotated = q_BHSd.split([config.nope_head_dim, config.rope_head_dim], dim=-1)
-        return torch.cat([plain, rotate_pairs(rotated, rotation)], dim=-1)
-
-    def _keys_values(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        config = self.config
+        query = x_BSD if config.q_rank is None else self.query_norm(self.query_down(x_BSD))
         latent, shared_key = self.latent_down(x_BSD).split([config.kv_rank, config.rope_head_dim], dim=-1)
-        expanded = self.latent_up(self.latent_norm(latent)).unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
+        return query, self.latent_norm(latent), shared_key
+
+    def project(
+        self, query: Tensor, latent: Tensor, shared_key: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, H, S, d) each, their parts with positions rotated."""
+        config = self.config
+        q_BSD = self.query(query) if config.q_rank is None else self.query_up(query)
+        q_BHSd = q_BSD.unflatten(-1, (-1, config.query_head_dim)).transpose(1, 2)
+        plain, rotated = q_BHSd.split([config.nope_head_dim, config.rope_head_dim], dim=-1)
+        q_BHSd = torch.cat([plain, rotate_pairs(rotated, rotation)], dim=-1)
+        width = config.nope_head_dim + config.value_head_dim
+        expanded = self.latent_up(latent).unflatten(-1, (-1, width)).transpose(1, 2)
         plain, v_BHSd = expanded.split([config.nope_head_dim, config.value_head_dim], dim=-1)
-        rotated = rotate_pairs(shared_key.unsqueeze(1), rotation).expand(-1, config.num_heads, -1, -1)
-        return torch.cat([plain, rotated], dim=-1), v_BHSd
+        rotated = rotate_pairs(shared_key.unsqueeze(1), rotation).expand(-1, plain.shape[1], -1, -1)
+        return q_BHSd, torch.cat([plain, rotated], dim=-1), v_BHSd

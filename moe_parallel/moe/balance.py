@@ -27,7 +27,7 @@ class DeviceScope(str, Enum):
     sequence = "sequence"
     """Each packed sequence (DeepSeek-V2)."""
     micro_batch = "micro_batch"
-    """One rank's micro-batch."""
+    """The micro-batch of one rank, or of the ranks that share its sequences."""
     data_parallel = "data_parallel"
     """One micro-batch of all data-parallel ranks together."""
 
@@ -37,7 +37,8 @@ class BalanceConfig:
     sequence_coefficient: float = 0.0
     """Weight per layer of the balance loss within each packed sequence (DeepSeek-V2 and V3)."""
     micro_batch_coefficient: float = 0.0
-    """Weight per layer of the loss within one rank's micro-batch (GShard, Switch; depends on the number of ranks)."""
+    """Weight per layer of the loss within the micro-batch of one rank, or of the ranks that share its sequences
+    (GShard, Switch; depends on the number of ranks)."""
     data_parallel_coefficient: float = 0.0
     """Weight per layer of the loss over one micro-batch of all data-parallel ranks together."""
     global_coefficient: float = 0.0
@@ -202,14 +203,15 @@ def balance_terms(
         share_TE: normalized scores of the experts, for the losses over devices; None if the first level has them.
     """
     count_BE = selection_counts(choice, num_experts, context)
-    count_E = count_BE.sum(0)
-    counts: dict[str, Tensor] = {"micro_batch": count_E}
+    count_E = count_BE.sum(0)  # of this rank; what follows is of whole sequences
+    count_BE = _of_sequences(count_BE, context, "sequence_count", _wants_sequences(config))
+    counts: dict[str, Tensor] = {"micro_batch": count_BE.sum(0)}
     if config.sequence_coefficient:
         counts["sequence"] = count_BE
     step_count_E: Tensor | None = None
     if config.data_parallel_coefficient or config.global_coefficient:
         # Replayed under recompute: a second all-reduce would double the traffic and could meet other ranks' first.
-        step_count_E = context.once("step_count", lambda: context.forward.sum_over_data(count_E.to(torch.float64)))
+        step_count_E = context.once("step_count", lambda: context.forward.data.sum(count_E.to(torch.float64)))
         counts["data_parallel"] = step_count_E
         counts["global"] = _global_counts(step_count_E, context)
     scores_BG = [_masked(level.share_TG, context).view(*context.batch_shape, -1).sum(1) for level in levels]
@@ -224,7 +226,7 @@ def balance_terms(
         value = torch.stack(values).mean()
     if config.num_devices is not None:
         share_TE = levels[0].share_TG if share_TE is None else share_TE
-        weighted = weighted + _device_losses(config, share_TE, choice, count_BE, context)
+        weighted = weighted + _device_losses(config, share_TE, choice, count_BE, count_E, context)
     return BalanceTerms(
         weighted=weighted,
         value=value.detach(),
@@ -238,7 +240,7 @@ def _masked(share_TG: Tensor, context: LayerContext) -> Tensor:
 
 
 def _device_losses(
-    config: BalanceConfig, share_TE: Tensor, choice: Choice, count_BE: Tensor, context: LayerContext
+    config: BalanceConfig, share_TE: Tensor, choice: Choice, count_BE: Tensor, count_E: Tensor, context: LayerContext
 ) -> Tensor:
     """The losses over devices and over the tokens sent to each (arXiv 2405.04434, eq. 26 to 31).
 
@@ -251,22 +253,41 @@ def _device_losses(
     loss = score_BD.new_zeros(())
     if config.device_coefficient:
         count_BD = count_BE.unflatten(-1, (config.num_devices, -1)).sum(-1)
-        loss = loss + config.device_coefficient * _scoped_loss(
-            config.device_scope, count_BD, score_BD, context, "device"
-        )
+        count_D = count_E.unflatten(-1, (config.num_devices, -1)).sum(-1)
+        value = _scoped_loss(config.device_scope, count_BD, count_D, score_BD, context, "device")
+        loss = loss + config.device_coefficient * value
     if config.communication_coefficient:
         sent_BD = _tokens_sent(choice, config.num_devices, count_BE.shape[1], context)
-        value = _scoped_loss(config.device_scope, sent_BD, score_BD, context, "sent")
+        sent_D = sent_BD.sum(0)
+        sent_BD = _of_sequences(sent_BD, context, "sequence_sent", True)
+        value = _scoped_loss(config.device_scope, sent_BD, sent_D, score_BD, context, "sent")
         loss = loss + config.communication_coefficient * value
     return loss
 
 
-def _scoped_loss(scope: DeviceScope, count_BD: Tensor, score_BD: Tensor, context: LayerContext, key: str) -> Tensor:
+def _wants_sequences(config: BalanceConfig) -> bool:
+    """Whether a loss, or the value that is logged, counts whole sequences or micro-batches."""
+    scopes = list(config.by_scope())
+    return config.num_devices is not None or not scopes or "sequence" in scopes or "micro_batch" in scopes
+
+
+def _of_sequences(count_BC: Tensor, context: LayerContext, key: str, wanted: bool) -> Tensor:
+    """Counts of this rank's parts of sequences as those of the whole sequences."""
+    if not wanted or context.forward.sequence.count == 1:
+        return count_BC
+    return context.once(key, lambda: context.forward.sequence.sum(count_BC))
+
+
+def _scoped_loss(
+    scope: DeviceScope, count_BD: Tensor, count_D: Tensor, score_BD: Tensor, context: LayerContext, key: str
+) -> Tensor:
+    """`count_BD` of whole sequences, `count_D` of this rank's tokens."""
     if scope is DeviceScope.sequence:
         return balance_loss_sum(normalized_counts(count_BD.to(score_BD.dtype)), score_BD)
-    count_D = count_BD.sum(0)
     if scope is DeviceScope.data_parallel:
-        count_D = context.once(key, lambda: context.forward.sum_over_data(count_D.to(torch.float64)))
+        count_D = context.once(key, lambda: context.forward.data.sum(count_D.to(torch.float64)))
+    else:
+        count_D = count_BD.sum(0)
     return balance_loss_sum(normalized_counts(count_D.to(score_BD.dtype)), score_BD.sum(0))
 
 

@@ -1,4 +1,4 @@
-"""Experts: the bank of routed experts, and the SwiGLU network that shared experts and dense layers use."""
+"""Experts: the bank of routed experts, and the SwiGLU network that shared experts use."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class RoutedExperts(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))`: dense layers, and all shared experts of a layer fused into one network."""
+    """`down(silu(gate(x)) * up(x))`: all shared experts of a layer fused into one network."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()

@@ -126,13 +126,27 @@ class Dispatcher(Protocol):
 class MoELayer(nn.Module):
     """Fine-grained routed experts plus shared experts (DeepSeekMoE, arXiv 2401.06066), passed once or several times."""
 
-    def __init__(self, dim: int, moe: MoEConfig, router: RouterConfig, balance: BalanceConfig, layer: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        moe: MoEConfig,
+        router: RouterConfig,
+        balance: BalanceConfig,
+        layer: int,
+        first: bool = False,
+    ) -> None:
+        """
+        Args:
+            first: no layer before it has a router that hands something on.
+        """
         super().__init__()
         self.config = moe
         self.balance = balance
         self.layer = layer
-        self.router = router.build(dim, moe.num_experts, with_bias=balance.bias_rate > 0)
         later = moe.chain.iterations - 1
+        # A router that all iterations share gets something from the second on.
+        build = router.build_first if first and (moe.chain.own_routers or later == 0) else router.build
+        self.router = build(dim, moe.num_experts, with_bias=balance.bias_rate > 0)
         self.later_routers = nn.ModuleList(
             router.build(dim, moe.num_experts, with_bias=balance.bias_rate > 0)
             for _ in range(later if moe.chain.own_routers else 0)
@@ -194,7 +208,7 @@ class MoELayer(nn.Module):
                 input_TD = renormalize(iteration, out_TD)
             else:
                 input_TD = out_TD if residual is Residual.outer else x_TD + out_TD
-            step_TD, stats = self._pass(input_TD, router, context.in_iteration(iteration))
+            step_TD, stats = self._pass(input_TD, router, context.in_iteration(iteration, stats.carry))
             if self.later_scale is not None:
                 step_TD = (step_TD * self.later_scale[iteration - 1]).to(step_TD.dtype)
             out_TD = out_TD + step_TD if residual is Residual.inner else step_TD
@@ -233,6 +247,7 @@ class MoELayer(nn.Module):
     def route(self, x_TD: Tensor, router: Router, context: LayerContext) -> tuple[Routing, LayerStats]:
         """Score, select, weigh, drop, count."""
         routed = router.route(router(x_TD, context), context)
+        self._check_carry(routed, router, x_TD.shape[0])
         choice, weight, num_experts = routed.choice, routed.weight, self.config.num_experts
         dropped = torch.zeros((), dtype=torch.int64, device=choice.expert.device)
         if context.valid_T is not None:  # padding is not sent anywhere
@@ -244,6 +259,16 @@ class MoELayer(nn.Module):
             choice, weight, dropped = self._round(routed, choice, context)
         routing = Routing.of(choice, weight, num_experts)
         return routing, self._stats(routed, dropped, self._unserved(routing, context), context)
+
+    def _check_carry(self, routed: Routed, router: Router, num_tokens: int) -> None:
+        width = router.config.carry_width(self.config.num_experts)
+        declared = (num_tokens, width) if width else None
+        found = None if routed.carry is None else tuple(routed.carry.shape)
+        if found != declared:
+            raise ValueError(
+                f"{type(router).__name__} returned Routed.carry of shape {found}, but its carry_width declares "
+                f"{declared}; return what is declared"
+            )
 
     def _unserved(self, routing: Routing, context: LayerContext) -> Tensor:
         """Valid tokens without any slot; none by construction where every token has k."""
@@ -305,4 +330,5 @@ class MoELayer(nn.Module):
             step_count_E=terms.step_count_E,
             used_frequency_E=terms.used_share_E,
             observed_E=routed.observed_E,
+            carry=routed.carry,
         )

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from moe_parallel.moe.routing import ForwardContext
+from moe_parallel.moe.routing import Ranks
 
 _HISTOGRAM_CELLS = 1 << 22
 """Counters of one pass over all ranks; bounds its memory and traffic."""
@@ -46,33 +46,46 @@ def best_in_pools(score_PQE: Tensor, valid_PQ: Tensor | None, average: float) ->
 
 
 def best_over_ranks(
-    score_PQE: Tensor, valid_PQ: Tensor | None, average: float, forward: ForwardContext
+    score_PQE: Tensor, valid_PQ: Tensor | None, average: float, ranks: Ranks, *, rows: int = 1, parts: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """The same for pools that lie on all ranks, each holding some of the tokens of every pool.
+    """The same for pools that lie on several ranks, each holding some of the tokens of every pool.
 
     The cutoff is found digit by digit from the top of the scores' binary form: scores are not negative, so their bits
     are in the order of their values. A pass sums histograms of one digit over ranks; the result is exact.
+
+    Args:
+        rows: this rank's tokens of a pool are of so many sequences.
+        parts: so many neighbors in `ranks` have consecutive parts of the same sequences.
     """
     num_experts = score_PQE.shape[-1]
     here_P = score_PQE.new_full(score_PQE.shape[:1], score_PQE.shape[1], dtype=torch.int64)
     if valid_PQ is not None:
         here_P = valid_PQ.sum(1)
         score_PQE = score_PQE.masked_fill(~valid_PQ.unsqueeze(-1), -1.0)
-    take_P = _take(forward.sum_over_data(here_P), average, num_experts)
-    cutoff_PE, admitted_PE = _cutoff_over_ranks(score_PQE, take_P, forward)
+    take_P = _take(ranks.sum(here_P), average, num_experts)
+    cutoff_PE, admitted_PE = _cutoff_over_ranks(score_PQE, take_P, ranks)
     tied_PQE = score_PQE == cutoff_PE.unsqueeze(1)
-    tied_RPE = forward.gather_over_data(tied_PQE.sum(1))  # R ranks: those before this one come first
-    admitted_PE = admitted_PE - tied_RPE[: forward.data_rank].sum(0)
-    chosen_PQE = (score_PQE > cutoff_PE.unsqueeze(1)) | (tied_PQE & (tied_PQE.cumsum(1) <= admitted_PE.unsqueeze(1)))
+    tied_PBSE = tied_PQE.unflatten(1, (rows, tied_PQE.shape[1] // rows))
+    admitted_PBE = admitted_PE.unsqueeze(1) - _earlier(tied_PBSE.sum(2), ranks, parts)
+    admitted_PBSE = tied_PBSE & (tied_PBSE.cumsum(2) <= admitted_PBE.unsqueeze(2))
+    chosen_PQE = (score_PQE > cutoff_PE.unsqueeze(1)) | admitted_PBSE.flatten(1, 2)
     some_P = take_P > 0
     return chosen_PQE & some_P.view(-1, 1, 1), torch.where(some_P.unsqueeze(-1), cutoff_PE, 0.0)
+
+
+def _earlier(number_PBE: Tensor, ranks: Ranks, parts: int) -> Tensor:
+    """How many of those that are counted for each row lie before it, in the order of whole sequences over all ranks."""
+    number_RPBE = ranks.gather(number_PBE)
+    in_order = number_RPBE.unflatten(0, (-1, parts)).permute(0, 3, 1, 2, 4)  # (rows of ranks, B, parts, P, E)
+    before = in_order.flatten(0, 2).cumsum(0).view_as(in_order) - in_order
+    return before[ranks.place // parts, :, ranks.place % parts].transpose(0, 1)
 
 
 def _take(tokens_P: Tensor, average: float, num_experts: int) -> Tensor:
     return (tokens_P.double() * average / num_experts).floor().to(torch.int64)
 
 
-def _cutoff_over_ranks(score_PQE: Tensor, take_P: Tensor, forward: ForwardContext) -> tuple[Tensor, Tensor]:
+def _cutoff_over_ranks(score_PQE: Tensor, take_P: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """The value of rank `take` among all ranks' scores, (P, E), and how many of the scores equal to it are taken."""
     bits, integer = (64, torch.int64) if score_PQE.dtype == torch.float64 else (32, torch.int32)
     key_PQE = score_PQE.contiguous().view(integer).to(torch.int64)
@@ -87,7 +100,7 @@ def _cutoff_over_ranks(score_PQE: Tensor, take_P: Tensor, forward: ForwardContex
         digit_PQE = (key_PQE >> shift) & ((1 << digit_bits) - 1)
         count_PED = key_PQE.new_zeros(pools, experts, 1 << digit_bits)
         count_PED.scatter_add_(2, digit_PQE.transpose(1, 2), matching_PQE.transpose(1, 2).to(torch.int64))
-        count_PED = forward.sum_over_data(count_PED)
+        count_PED = ranks.sum(count_PED)
         # From the highest digit down: the first at which as many as wanted are reached.
         reached_PED = count_PED.flip(2).cumsum(2)
         place_PE = (reached_PED < wanted_PE.unsqueeze(2)).sum(2).clamp(max=(1 << digit_bits) - 1)

@@ -145,18 +145,31 @@ def _stack_one(value: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """Ranks that hold parts of one thing, this one among them. By default there is no other."""
+
+    sum: Callable[[Tensor], Tensor] = _identity
+    """Sum of a tensor over them, without gradient."""
+    gather: Callable[[Tensor], Tensor] = _stack_one
+    """A tensor of each of them, stacked in their order."""
+    place: int = 0
+    """Place of this rank in that order."""
+    count: int = 1
+
+
+@dataclass(frozen=True)
 class ForwardContext:
     """What one forward pass of the model may know besides its tokens. Holds no state that forward changes."""
 
     step: int = 0
     """Optimizer step, from 0."""
     training: bool = True
-    sum_over_data: Callable[[Tensor], Tensor] = _identity
-    """Sum of a tensor over all ranks that see different tokens; the identity in one process."""
-    gather_over_data: Callable[[Tensor], Tensor] = _stack_one
-    """A tensor of every one of these ranks, stacked in their order."""
-    data_rank: int = 0
-    """Place of this rank in that order."""
+    data: Ranks = field(default_factory=Ranks)
+    """All ranks that see different tokens of these layers, in the order (rows, parts of sequences)."""
+    rows: Ranks = field(default_factory=Ranks)
+    """Those that have the same part of other sequences."""
+    sequence: Ranks = field(default_factory=Ranks)
+    """Those that have the other parts of the same sequences."""
     no_padding: bool = False
     """No rank has padding in this step, known on all hosts: loads that are then equal need no exchange of sizes."""
     seed: int = 0
@@ -168,21 +181,25 @@ class ForwardContext:
     """The prior already holds this micro-batch (exact mode), so nothing is added to it."""
     replay: Replay | None = None
     """Set around a recomputed block."""
+    carry: Tensor | None = None
+    """Set around each block: see `LayerContext.carry`. In here, as FSDP casts tensors among arguments to the compute
+    type."""
 
     def for_layer(self, layer: int, batch: TokenBatch) -> LayerContext:
         """What the router of one layer may see of this batch."""
         num_sequences, length = batch.token_BS.shape
-        offset_S = torch.arange(length, device=batch.token_BS.device)
+        offset_S = torch.arange(length, device=batch.token_BS.device) + batch.first_token
         return LayerContext(
             layer=layer,
             batch_shape=(num_sequences, length),
             num_valid=batch.num_valid,
             valid_T=batch.document_BS.flatten() >= 0 if batch.has_padding else None,
-            token_id_T=(batch.sequence_B[:, None] * length + offset_S).flatten(),
+            token_id_T=(batch.sequence_B[:, None] * batch.sequence_tokens + offset_S).flatten(),
             token_T=batch.token_BS.flatten(),
             position_T=batch.position_BS.flatten(),
             document_T=batch.document_BS.flatten(),
             source_T=batch.source_B.repeat_interleave(length),
+            carry=self.carry,
             forward=self,
         )
 
@@ -193,7 +210,7 @@ class LayerContext:
 
     layer: int
     batch_shape: tuple[int, int]
-    """(B, S): sequences, tokens per sequence; T = B * S."""
+    """(B, S): sequences, tokens that this rank has of each; T = B * S."""
     iteration: int = 0
     """Pass over the layer's experts; 0 unless experts are chained."""
     num_valid: int | None = None
@@ -210,6 +227,9 @@ class LayerContext:
     """int64: index of the document within its sequence, -1 for padding."""
     source_T: Tensor | None = None
     """int64: index of the source (domain)."""
+    carry: Tensor | None = None
+    """(T, carry width), with gradient: what the router of the pass before handed on, in this layer or the one before;
+    None in the first pass of the model, and where routers hand on nothing."""
     forward: ForwardContext = field(default_factory=ForwardContext)
 
     def once(self, key: str, compute: Callable[[], Any]) -> Any:
@@ -217,9 +237,9 @@ class LayerContext:
         replay = self.forward.replay
         return compute() if replay is None else replay.once((self.layer, self.iteration, key), compute)
 
-    def in_iteration(self, iteration: int) -> LayerContext:
+    def in_iteration(self, iteration: int, carry: Tensor | None = None) -> LayerContext:
         """The context of a later pass over the same experts."""
-        return replace(self, iteration=iteration)
+        return replace(self, iteration=iteration, carry=carry)
 
     def random(self, purpose: str, cells: int) -> Tensor:
         """Uniform numbers in (0, 1), float64 (T, cells): a hash of seed, step, layer, iteration and token.
@@ -260,6 +280,8 @@ class LayerStats:
     """float64: the share of each expert that the global loss used, to measure the estimator's error."""
     observed_E: Tensor | None = None
     """float64: what the router wants averaged over the micro-batches and ranks of the step, for its `after_step`."""
+    carry: Tensor | None = None
+    """(T, carry width), with gradient: what the router hands on to that of the next pass."""
 
 
 def normalized_counts(count: Tensor) -> Tensor:

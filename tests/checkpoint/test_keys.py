@@ -35,7 +35,7 @@ LATENT = {
     "attention.output.weight": (8, 6),
     "ffn_norm.weight": (8,),
 }
-DENSE = {"ffn.gate_up.weight": (2 * 10, 8), "ffn.down.weight": (8, 10)}
+DENSE = {"ffn.gate.weight": (10, 8), "ffn.up.weight": (10, 8), "ffn.down.weight": (8, 10)}
 EXPERTS = {
     "ffn.router.weight": (4, 8),
     "ffn.router.bias": (4,),

@@ -7,8 +7,8 @@ Every comparison is bit for bit: a checkpoint computes nothing.
 from __future__ import annotations
 
 import errno
-import io
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,26 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import filesystem
 
+from moe_parallel.checkpoint import writer
 from moe_parallel.checkpoint.checkpointer import CheckpointConfig, Checkpointer
-from moe_parallel.checkpoint.folder import CheckpointError
-from tests.checkpoint.toy import IDENTITY, differing, make, train, whole
+from moe_parallel.checkpoint.folder import CheckpointError, UnusableCheckpointError
+from moe_parallel.checkpoint.state import TorchState
+from tests.checkpoint.toy import IDENTITY, differing, flip, make, train, whole
 from tests.ranks import run_ranks
 
 SYNCHRONOUS = CheckpointConfig(every_steps=0, keep_last=9, asynchronous=False)
 ASYNCHRONOUS = CheckpointConfig(every_steps=0, keep_last=9, asynchronous=True)
 
 
-class FullDisk(io.FileIO):
-    """A file for which there is room for 1500 bytes."""
+healthy = writer._HashedFile.write
 
-    def write(self, data: Any) -> int:
-        if self.tell() + len(data) > 1500:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().write(data)
+
+def write_to_a_full_disk(file: writer._HashedFile, data: Any) -> int:
+    """There is room for 1500 bytes."""
+    if file.tell() + len(data) > 1500:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return healthy(file, data)
 
 
 def write_on_two(folder: Path) -> dict[str, Any]:
@@ -42,12 +44,12 @@ def write_on_two(folder: Path) -> dict[str, Any]:
     rank = dist.get_rank()
     model, optimizer = make(seed=1, ep=2)
     saver = Checkpointer(folder, SYNCHRONOUS, dist.group.WORLD, about={"ep": 2})
-    saver.save(0, model, optimizer, {}, IDENTITY)
+    saver.save(0, TorchState(model, optimizer), {}, IDENTITY)
     seen["state after saving step 0"] = len(optimizer.state)
     for step in (1, 2, 3):
         train(model, optimizer, step)
     extra = {"loader": {"next": 7, "rate": 0.1}, "count": torch.arange(6) + 2**40}
-    saver.save(3, model, optimizer, extra, IDENTITY, tokens=300)
+    saver.save(3, TorchState(model, optimizer), extra, IDENTITY, progress={"tokens": 300})
     reference = {"step_00000003": whole(model, optimizer)}
     saver.close()
 
@@ -55,7 +57,7 @@ def write_on_two(folder: Path) -> dict[str, Any]:
     train(model, optimizer, 4)
     reference["step_00000004"] = whole(model, optimizer)
     seen["finished before"] = saver.poll()
-    saver.save(4, model, optimizer, {}, IDENTITY)
+    saver.save(4, TorchState(model, optimizer), {}, IDENTITY)
     for _ in range(3):  # the training that goes on: every tensor is overwritten in place
         train(model, optimizer, 5)
     polls = 0
@@ -65,13 +67,9 @@ def write_on_two(folder: Path) -> dict[str, Any]:
     seen["finished"], seen["polls"] = finished.name, polls
     seen["finished again"] = saver.poll()
 
-    full = filesystem.FileSystem.create_stream
-
-    def create(self: Any, path: Any, mode: str) -> Any:
-        return FullDisk(path, mode) if rank == 1 and mode == "wb" else full(self, path, mode)
-
-    filesystem.FileSystem.create_stream = create
-    saver.save(5, model, optimizer, {}, IDENTITY)
+    if rank == 1:
+        writer._HashedFile.write = write_to_a_full_disk
+    saver.save(5, TorchState(model, optimizer), {}, IDENTITY)
     try:
         while True:
             saver.poll()
@@ -81,10 +79,18 @@ def write_on_two(folder: Path) -> dict[str, Any]:
     saver.close()
     saver = Checkpointer(folder, SYNCHRONOUS, dist.group.WORLD)
     try:
-        saver.save(6, model, optimizer, {}, IDENTITY)
+        saver.save(6, TorchState(model, optimizer), {}, IDENTITY)
     except CheckpointError as error:
         seen["error"] = str(error)
-    filesystem.FileSystem.create_stream = full
+    writer._HashedFile.write = healthy
+    if rank == 0:
+        shutil.copytree(folder / "step_00000003", folder.parent / "flipped")
+        flip(folder.parent / "flipped" / "__1_0.distcp")
+    dist.barrier()
+    try:
+        saver.load(folder.parent / "flipped", TorchState(model, optimizer), IDENTITY)
+    except UnusableCheckpointError as error:
+        seen["flipped"] = str(error)
     latest = saver.latest()
     assert latest is not None
     seen["latest"] = latest.name
@@ -104,10 +110,10 @@ def read_on_many(folder: Path, ep: int) -> list[str]:
     for name, expected in reference.items():
         model, optimizer = make(seed=2, ep=ep)
         train(model, optimizer, 9)  # other moments, which must be replaced
-        loader.load(folder / name, model, optimizer, IDENTITY)
+        loader.load(folder / name, TorchState(model, optimizer), IDENTITY)
         wrong += [f"{name} {key}" for key in differing(whole(model, optimizer), expected)]
     again = Checkpointer(folder.parent / f"again_{dist.get_world_size()}_{ep}", SYNCHRONOUS, dist.group.WORLD)
-    again.save(4, model, optimizer, {}, IDENTITY)
+    again.save(4, TorchState(model, optimizer), {}, IDENTITY)
     again.close()
     loader.close()
     return wrong
@@ -121,7 +127,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
 
 def read_alone(path: Path, expected: dict[str, torch.Tensor]) -> list[str]:
     model, optimizer = make(seed=3)
-    Checkpointer(path.parent, SYNCHRONOUS).load(path, model, optimizer, IDENTITY)
+    Checkpointer(path.parent, SYNCHRONOUS).load(path, TorchState(model, optimizer), IDENTITY)
     return differing(whole(model, optimizer), expected)
 
 
@@ -151,7 +157,7 @@ def test_extra_state_returns_with_its_tensors(written: tuple[Path, list[dict[str
     """Would catch: counts beyond 2^31 or floats that lose bits on the way through the files."""
     folder, _ = written
     model, optimizer = make(seed=3)
-    extra = Checkpointer(folder, SYNCHRONOUS).load(folder / "step_00000003", model, optimizer, IDENTITY)
+    extra = Checkpointer(folder, SYNCHRONOUS).load(folder / "step_00000003", TorchState(model, optimizer), IDENTITY)
     assert torch.equal(extra.pop("count"), torch.arange(6) + 2**40)
     assert extra == {"loader": {"next": 7, "rate": 0.1}}
 
@@ -178,6 +184,12 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all(written: tuple[Path, list[di
         assert seen["folders"] == ["step_00000000", "step_00000003", "step_00000004"]
 
 
+def test_a_flipped_bit_is_told_to_all_ranks(written: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Would catch: a share of the files that no rank reads; one that has read its own and goes on alone."""
+    for seen in written[1]:
+        assert "flipped is damaged: __1_0.distcp differ from what was written" in seen["flipped"]
+
+
 def test_saving_leaves_an_untouched_optimizer_untouched(
     written: tuple[Path, list[dict[str, Any]]],
 ) -> None:
@@ -186,5 +198,5 @@ def test_saving_leaves_an_untouched_optimizer_untouched(
     assert [s["state after saving step 0"] for s in seen] == [0, 0]
     model, optimizer = make(seed=3)
     train(model, optimizer, 1)
-    Checkpointer(folder, SYNCHRONOUS).load(folder / "step_00000000", model, optimizer, IDENTITY)
+    Checkpointer(folder, SYNCHRONOUS).load(folder / "step_00000000", TorchState(model, optimizer), IDENTITY)
     assert len(optimizer.state) == 0

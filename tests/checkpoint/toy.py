@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -79,6 +81,13 @@ def differing(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
     """Names that only one has or whose bits differ."""
     names = sorted(left.keys() | right.keys())
     return [n for n in names if n not in left or n not in right or not torch.equal(left[n], right[n])]
+
+
+def flip(file: Path, place: int = -20) -> None:
+    """Change one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from moe_parallel.model.architecture import Architecture, ModelConfig
@@ -39,7 +41,12 @@ DENSE = Architecture(
     balance=BalanceConfig(),
     vocab_size=VOCABULARY,
 )
-ARCHITECTURES = {"grouped": GROUPED, "latent": LATENT, "dense": DENSE}
+FURTHER = replace(
+    GROUPED,
+    model=replace(GROUPED.model, mtp_layers=2),
+    router=TokenChoiceConfig(top_k=3, logit_residual=True),
+)
+ARCHITECTURES = {"grouped": GROUPED, "latent": LATENT, "dense": DENSE, "further": FURTHER}
 
 
 def build(architecture: Architecture, dtype: torch.dtype = torch.float32, seed: int = 0) -> Transformer:

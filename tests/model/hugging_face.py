@@ -208,7 +208,11 @@ def our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         ours[name] = tensor
     for name in [n for n in ours if n.endswith(".gate_proj.weight")]:
         stem = name.removesuffix(".gate_proj.weight")
-        ours[f"{stem}.gate_up.weight"] = torch.cat([ours.pop(name), ours.pop(f"{stem}.up_proj.weight")])
+        gate, up = ours.pop(name), ours.pop(f"{stem}.up_proj.weight")
+        if stem.endswith("shared"):
+            ours[f"{stem}.gate_up.weight"] = torch.cat([gate, up])
+        else:
+            ours[f"{stem}.gate.weight"], ours[f"{stem}.up.weight"] = gate, up
     return ours
 
 

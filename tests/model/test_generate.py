@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from moe_parallel.model.generate import generate
+from moe_parallel.model.generate import generate, logits_of
 from moe_parallel.moe.routing import ForwardContext
 from tests.batches import make_batch
 from tests.model.examples import GROUPED, VOCABULARY, build
@@ -21,16 +21,16 @@ def test_greedy_equals_a_plain_loop() -> None:
         batch = make_batch([[len(ids)]], len(ids), VOCABULARY)
         batch.token_BS[0] = torch.tensor(ids)
         ids.append(int(model(batch, ForwardContext(training=False))[0][0, -1].argmax()))
-    assert generate(model, [3, 1, 4], 6, temperature=0) == ids[3:]
+    assert generate(logits_of(model), [3, 1, 4], 6, temperature=0) == ids[3:]
 
 
 def test_same_seed_same_text() -> None:
     """Sampling from the global generator would depend on what ran before, and differ between ranks."""
     model = build(GROUPED)
-    first = generate(model, [1], 12, seed=5)
+    first = generate(logits_of(model), [1], 12, seed=5)
     torch.manual_seed(1)
-    assert generate(model, [1], 12, seed=5) == first
-    assert generate(model, [1], 12, seed=6) != first
+    assert generate(logits_of(model), [1], 12, seed=5) == first
+    assert generate(logits_of(model), [1], 12, seed=6) != first
 
 
 def test_frequencies_follow_the_model() -> None:
@@ -40,7 +40,7 @@ def test_frequencies_follow_the_model() -> None:
     batch = make_batch([[1]], 1, VOCABULARY)
     batch.token_BS[0] = 7
     share_V = (model(batch, ForwardContext(training=False))[0][0, -1] / 0.5).softmax(-1).detach()
-    drawn = Counter(generate(model, [7], 1, temperature=0.5, seed=seed)[0] for seed in range(400))
+    drawn = Counter(generate(logits_of(model), [7], 1, temperature=0.5, seed=seed)[0] for seed in range(400))
     for word in range(VOCABULARY):
         share = float(share_V[word])
         assert abs(drawn[word] / 400 - share) <= 4.5 * (share * (1 - share) / 400) ** 0.5 + 1 / 400
@@ -49,8 +49,9 @@ def test_frequencies_follow_the_model() -> None:
 def test_limits_on_ids() -> None:
     """`top_k=1` is greedy whatever the temperature; ids that the tokenizer lacks must never appear."""
     model = build(GROUPED)
-    assert generate(model, [1], 6, temperature=5.0, top_k=1) == generate(model, [1], 6, temperature=0)
-    assert max(generate(model, [1], 30, temperature=5.0, allowed_ids=3)) < 3
+    logits = logits_of(model)
+    assert generate(logits, [1], 6, temperature=5.0, top_k=1) == generate(logits, [1], 6, temperature=0)
+    assert max(generate(logits, [1], 30, temperature=5.0, allowed_ids=3)) < 3
 
 
 def test_leaves_the_model_as_it_was() -> None:
@@ -58,22 +59,10 @@ def test_leaves_the_model_as_it_was() -> None:
     model = build(GROUPED).train()
     seen: list[bool] = []
     model.register_forward_hook(lambda m, _a, _o: seen.append(m.training))
-    generate(model, [1], 2)
+    generate(logits_of(model), [1], 2)
     assert seen == [False, False]
     assert model.training
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_each_pass_has_its_own_context() -> None:
-    """Under expert parallelism the context carries sums over ranks: it must come from the caller each time."""
-    made: list[ForwardContext] = []
-
-    def context() -> ForwardContext:
-        made.append(ForwardContext(training=False))
-        return made[-1]
-
-    generate(build(GROUPED), [1], 4, context=context)
-    assert len(made) == 4
 
 
 @pytest.mark.parametrize(
@@ -88,4 +77,4 @@ def test_each_pass_has_its_own_context() -> None:
 def test_impossible_requests_are_refused(arguments: dict[str, object], message: str) -> None:
     """A mistake that would surface as an index error inside a kernel."""
     with pytest.raises(ValueError, match=message):
-        generate(build(GROUPED), **arguments)
+        generate(logits_of(build(GROUPED)), **arguments)

@@ -15,7 +15,7 @@ from moe_parallel.moe.balance import (
     bias_step,
     z_loss_sum,
 )
-from moe_parallel.moe.routing import Choice, ForwardContext, LayerContext, normalized_counts
+from moe_parallel.moe.routing import Choice, ForwardContext, LayerContext, Ranks, normalized_counts
 
 
 def one_hot_scores(experts, num_experts):
@@ -245,7 +245,7 @@ def test_devices_are_counted_in_their_scope():
 
     assert losses("sequence", [0, 1, 2, 3]) == pytest.approx(2.0, abs=1e-14)
     assert losses("micro_batch", [0, 1, 2, 3]) == pytest.approx(1.0, abs=1e-14)
-    other = {"sum_over_data": lambda count: count + count.flip(-1)}
+    other = {"data": Ranks(sum=lambda count: count + count.flip(-1))}
     assert losses("micro_batch", [0, 1], **other) == pytest.approx(2.0, abs=1e-14)
     assert losses("data_parallel", [0, 1], **other) == pytest.approx(1.0, abs=1e-14)
 

@@ -11,7 +11,7 @@ from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.layer import MoEConfig, MoELayer
 from moe_parallel.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from moe_parallel.moe.routers.router import BatchShape, LooksAt
-from moe_parallel.moe.routing import ForwardContext, LayerContext
+from moe_parallel.moe.routing import ForwardContext, LayerContext, Ranks
 
 ROWS, LENGTH, EXPERTS, DIM = 2, 8, 4, 6
 CAP = "max_experts_per_token"
@@ -161,7 +161,7 @@ def test_cutoffs_do_not_depend_on_who_has_the_padding():
     parts = []
 
     def observed(part, sum_over_data):
-        forward = ForwardContext(sum_over_data=sum_over_data)
+        forward = ForwardContext(data=Ranks(sum=sum_over_data))
         ctx = LayerContext(layer=0, batch_shape=(1, LENGTH), valid_T=valid_T[part], forward=forward)
         return router.route(router(X[part], ctx), ctx).observed_E
 

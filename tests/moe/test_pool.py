@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moe_parallel.collectives import gather_over, sum_over
 from moe_parallel.moe import pool
 from moe_parallel.moe.pool import best_at_most, best_in_pools, best_over_ranks, capped_plan
-from moe_parallel.moe.routing import ForwardContext
+from moe_parallel.moe.routing import Ranks
 from tests.ranks import run_threads
 
 
@@ -63,7 +63,7 @@ def test_the_search_by_digits_on_one_rank(shape, ties, padded, dtype, seed):
     pools, tokens, (experts, average) = shape
     score = make_scores(pools, tokens, experts, seed, dtype, ties)
     valid = torch.rand(pools, tokens, generator=torch.Generator().manual_seed(seed)) > 0.4 if padded else None
-    got = best_over_ranks(score, valid, average, ForwardContext())
+    got = best_over_ranks(score, valid, average, Ranks())
     for a, b in zip(got, by_sort(score, valid, average)):
         assert torch.equal(a, b)
 
@@ -74,10 +74,10 @@ def test_digits_of_every_width(monkeypatch, digit_bits):
     over ranks tell how wide a digit really was. Exact."""
     monkeypatch.setattr(pool, "_HISTOGRAM_CELLS", (2 * 4) << digit_bits)
     widths = []
-    forward = ForwardContext(sum_over_data=lambda value: widths.append(value.shape[-1]) or value)
+    ranks = Ranks(sum=lambda value: widths.append(value.shape[-1]) or value)
     for dtype, ties in itertools.product((torch.float32, torch.float64), (True, False)):
         score = make_scores(2, 12, 4, 5, dtype, ties)
-        for got, wanted in zip(best_over_ranks(score, None, 2, forward), by_sort(score, None, 2)):
+        for got, wanted in zip(best_over_ranks(score, None, 2, ranks), by_sort(score, None, 2)):
             assert torch.equal(got, wanted)
     assert max(widths) == 2**digit_bits
 
@@ -87,15 +87,15 @@ def test_a_pool_too_small_for_one_token_each():
     score would say that something was."""
     score = make_scores(2, 3, 8, 0)
     for valid in (None, torch.ones(2, 3, dtype=torch.bool)):
-        for found in (best_in_pools(score, valid, 1), best_over_ranks(score, valid, 1, ForwardContext())):
+        for found in (best_in_pools(score, valid, 1), best_over_ranks(score, valid, 1, Ranks())):
             assert not found[0].any()
             assert (found[1] == 0).all()
 
 
-def on_simulated_ranks(parts, average):
+def on_simulated_ranks(held, average, **how):
     """`best_over_ranks` on threads that meet at a barrier: like ranks, but cheap enough for many examples, and free to
     hold unequal parts."""
-    barrier, box, found = threading.Barrier(len(parts), timeout=20), [None] * len(parts), [None] * len(parts)
+    barrier, box, found = threading.Barrier(len(held), timeout=20), [None] * len(held), [None] * len(held)
 
     def work(rank):
         def gather(value):
@@ -105,10 +105,10 @@ def on_simulated_ranks(parts, average):
             barrier.wait()
             return everyone
 
-        forward = ForwardContext(sum_over_data=lambda v: gather(v).sum(0), gather_over_data=gather, data_rank=rank)
-        found[rank] = best_over_ranks(*parts[rank], average, forward)
+        ranks = Ranks(lambda v: gather(v).sum(0), gather, rank, len(held))
+        found[rank] = best_over_ranks(*held[rank], average, ranks, **how)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(parts))]
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(held))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -133,18 +133,29 @@ def test_no_result_depends_on_how_a_pool_is_cut(shape, cuts, ties, padded, seed)
     assert all(torch.equal(part, cutoff) for _, part in found)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from([(1, 2), (2, 2), (2, 3), (1, 4)]), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
+def test_equal_scores_in_sequences_that_are_cut(ranks, rows, length, seed):
+    """Ranks that hold parts of sequences have their tokens in another order than one rank; among equal scores the
+    earlier token must win all the same. Exact; scores of five values, so that nearly all cutoffs are ties."""
+    groups, parts = ranks
+    score = make_scores(1, groups * rows * parts * length, 3, seed, ties=True)
+    cut = score.view(groups, rows, parts, length, 3).transpose(1, 2).reshape(groups * parts, 1, rows * length, 3)
+    found = on_simulated_ranks([(part, None) for part in cut], 1, rows=rows, parts=parts)
+    chosen = torch.stack([mask for mask, _ in found]).view(groups, parts, rows, length, 3).transpose(1, 2)
+    assert torch.equal(chosen.reshape(1, -1, 3), best_in_pools(score, None, 1)[0])
+
+
 def search_here(cases):
     """On each rank: its part of every case."""
     group = dist.group.WORLD
-    forward = ForwardContext(
-        sum_over_data=sum_over(group), gather_over_data=gather_over(group), data_rank=dist.get_rank()
-    )
+    ranks = Ranks(sum_over(group), gather_over(group), dist.get_rank(), dist.get_world_size())
     return [
         best_over_ranks(
             score.chunk(dist.get_world_size(), 1)[dist.get_rank()],
             None if valid is None else valid.chunk(dist.get_world_size(), 1)[dist.get_rank()],
             average,
-            forward,
+            ranks,
         )
         for score, valid, average in cases
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moe_data.batch import TokenBatch
+from moe_parallel.engines.engine import Engine
 from moe_parallel.engines.native import NativeEngine, moe_layers
-from moe_parallel.mesh import Compile, ParallelConfig, ParallelMesh, Recompute, make_layout
+from moe_parallel.mesh import Compile, ParallelConfig, ParallelMesh, PipelineSchedule, Recompute, make_layout
 from moe_parallel.model.architecture import Architecture, ModelConfig
 from moe_parallel.model.attention import GroupedQueryConfig
 from moe_parallel.model.initialize import InitConfig, init_weights
@@ -22,10 +24,11 @@ from moe_parallel.moe.balance import BalanceConfig, GlobalEstimator
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
 from moe_parallel.moe.dispatch.config import DispatchConfig
 from moe_parallel.moe.layer import MoEConfig, MoELayer
-from moe_parallel.moe.routing import ForwardContext
+from moe_parallel.moe.routing import ForwardContext, LayerStats
 from moe_parallel.optim import OptimConfig
 from moe_parallel.options import ROUTERS
 from tests.batches import join_batches, make_batch, plain_loss_sum
+from tests.model.mtp_oracle import losses_and_stats
 
 SEQUENCE_TOKENS, VOCABULARY, SEED = 12, 37, 5
 STEPS = 2  # the second step uses what the first one left: bias, look-ahead counts, optimizer state
@@ -41,6 +44,14 @@ class Case:
     world: int
     ep: int = 1
     shard: int | None = None
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    schedule: str = "one_f_one_b"
+    """Of the pipeline, as the two after it."""
+    stages_per_rank: int | None = None
+    stage_layers: list[int] | None = None
+    reshard_after_forward: bool = True
     recompute: str = "none"
     micro_batches: int = 1
     rows: int = 1
@@ -53,7 +64,11 @@ class Case:
     moe: dict[str, Any] = field(default_factory=dict)
     dispatch: DispatchConfig = field(default_factory=AllToAllConfig)
     latent_attention: bool = False
+    attention: dict[str, Any] = field(default_factory=dict)
+    num_layers: int = 3
+    """The first of them is dense."""
     tied: bool = False
+    mtp_layers: int = 0
     whole_rows: bool = False
     """No padding at all."""
     idle_rank: bool = False
@@ -64,19 +79,30 @@ class Case:
     compile: str = "none"
 
     @property
+    def batch_ranks(self) -> int:
+        """Groups of ranks that have rows of their own."""
+        return self.world // (self.pp * self.tp * self.cp)
+
+    @property
     def per_rank_pool(self) -> bool:
         """Whether results depend on how the batch is cut into micro-batches of single ranks."""
         return "capacity_factor" in self.moe or "micro_batch_coefficient" in self.balance
 
     def architecture(self) -> Architecture:
         """A small model with everything switched on that the case asks for."""
-        attention: Any = GroupedQueryConfig(num_heads=4, num_kv_heads=2)
+        attention: Any = GroupedQueryConfig(**{"num_heads": 4, "num_kv_heads": 2, **self.attention})
         if self.latent_attention:
-            attention = LatentConfig(
-                num_heads=2, q_rank=8, kv_rank=8, nope_head_dim=4, rope_head_dim=4, value_head_dim=4
-            )
+            sizes = {"num_heads": 2, "q_rank": 8, "kv_rank": 8, "nope_head_dim": 4, "rope_head_dim": 4}
+            attention = LatentConfig(**{**sizes, "value_head_dim": 4, **self.attention})
         return Architecture(
-            model=ModelConfig(dim=16, num_layers=3, first_dense_layers=1, ffn_dim=24, tie_embeddings=self.tied),
+            model=ModelConfig(
+                dim=16,
+                num_layers=self.num_layers,
+                first_dense_layers=1,
+                ffn_dim=24,
+                tie_embeddings=self.tied,
+                mtp_layers=self.mtp_layers,
+            ),
             attention=attention,
             moe=MoEConfig(num_experts=self.num_experts, expert_dim=8, **self.moe),
             router=ROUTERS[self.kind](**{"top_k": 2, **self.router}),
@@ -86,8 +112,8 @@ class Case:
 
     def batch(self, step: int, micro_batch: int, rank: int) -> TokenBatch:
         """Documents of uneven lengths; the same rows whoever computes them."""
-        first = ((step * self.micro_batches + micro_batch) * self.world + rank) * self.rows
-        if self.idle_rank and rank == self.world - 1:
+        first = ((step * self.micro_batches + micro_batch) * self.batch_ranks + rank) * self.rows
+        if self.idle_rank and rank == self.batch_ranks - 1:
             return make_batch([[] for _ in range(self.rows)], SEQUENCE_TOKENS, VOCABULARY, first)
         plans = ([5, 7], [12], [6, 6]) if self.whole_rows else ([5, 7], [12], [3, 4, 2], [9], [6, 6])
         return make_batch(
@@ -107,15 +133,17 @@ class Outcome:
     dropped: float
     buffers: list[Tensor]
     """What routers keep from step to step."""
+    further: list[float] = field(default_factory=list)
+    """Losses of multi-token prediction, as sums."""
 
 
 def _prepare(model: torch.nn.Module, case: Case) -> None:
     """Weights of a size at which routing is lively; a starved rank gets no token by construction."""
     for layer in moe_layers(model):
         for router in layer.routers:
-            for weight in router.parameters():
+            for name, weight in router.named_parameters():
                 local = weight.to_local() if isinstance(weight, DTensor) else weight
-                local.data.mul_(20.0)
+                local.data.mul_(1.0 if name == "residual" else 20.0)  # logits would grow from layer to layer
         if layer.later_scale is not None:  # it starts at 0, which would hide what it scales
             scale = layer.later_scale
             (scale.to_local() if isinstance(scale, DTensor) else scale).data.fill_(0.5)
@@ -131,9 +159,12 @@ def run_engine(case: Case, as_one: bool = False) -> list[Outcome]:
     Args:
         as_one: one rank computes the rows of all ranks, micro-batch by micro-batch.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    ep, shard = (1, None) if as_one else (case.ep, case.shard)
-    parallel = ParallelConfig(ep=ep, shard=shard, recompute=Recompute(case.recompute), compile=Compile(case.compile))
+    world = dist.get_world_size()
+    parallel = ParallelConfig(recompute=Recompute(case.recompute), compile=Compile(case.compile))
+    if not as_one:
+        for name in ("ep", "shard", "tp", "cp", "pp", "stages_per_rank", "stage_layers", "reshard_after_forward"):
+            setattr(parallel, name, getattr(case, name))
+        parallel.schedule = PipelineSchedule(case.schedule)
     layout = make_layout(parallel, world, case.num_experts)
     mesh = ParallelMesh(layout, "cpu")
     compute = getattr(torch, case.dtype)
@@ -144,16 +175,49 @@ def run_engine(case: Case, as_one: bool = False) -> list[Outcome]:
     )
     engine.init_weights(InitConfig(std=0.1), SEED)
     _prepare(engine.model, case)
-    outcomes = []
+    outcomes = run_steps(
+        engine,
+        case,
+        lambda: {n: _full(p.grad) for n, p in engine.model.named_parameters() if p.grad is not None},
+        as_one,
+    )
+    return outcomes if layout.pp == 1 else _of_all_stages(outcomes, [layer.layer for layer in engine.layers])
+
+
+def _of_all_stages(mine: list[Outcome], layers: list[int]) -> list[Outcome]:
+    """Gradients and buffers of all layers; a weight that two stages have must have the same gradient on both."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (layers, mine))
+    for step, outcome in enumerate(mine):
+        gradients: dict[str, Tensor] = {}
+        buffers: dict[int, list[Tensor]] = {}
+        for their_layers, outcomes in everyone:
+            theirs = outcomes[step]
+            assert (theirs.loss, theirs.balance, theirs.norm) == (outcome.loss, outcome.balance, outcome.norm)
+            for name, gradient in theirs.gradients.items():
+                assert torch.equal(gradients.setdefault(name, gradient), gradient), f"ranks differ in {name}"
+            each = len(theirs.buffers) // max(1, len(their_layers))
+            buffers |= {n: theirs.buffers[i * each : (i + 1) * each] for i, n in enumerate(their_layers)}
+        outcome.gradients = gradients
+        outcome.buffers = [buffer for layer in sorted(buffers) for buffer in buffers[layer]]
+    return mine
+
+
+def run_steps(
+    engine: Engine, case: Case, gradients_of: Callable[[], dict[str, Tensor]], as_one: bool = False
+) -> list[Outcome]:
+    """Train an engine that has its weights for two steps; `gradients_of` gathers those of whole parameters."""
+    layout, outcomes = engine.layout, []
     for step in range(STEPS):
-        mine = range(case.world) if as_one else [rank]
+        mine = range(case.batch_ranks) if as_one else [layout.batch_rank(dist.get_rank())]
         batches = [join_batches([case.batch(step, m, r) for r in mine]) for m in range(case.micro_batches)]
         sizes = torch.tensor([sum(b.num_targets for b in batches), sum(b.num_valid for b in batches)])
         dist.all_reduce(sizes)
+        sizes //= layout.ranks // layout.batch_ranks
         sums, _ = engine.forward_backward(batches, step, int(sizes[0]), int(sizes[1]))
         totals = sums.summed(engine.group)
         norm = engine.gradient_norm()
-        gradients = {n: _full(p.grad) for n, p in engine.model.named_parameters() if p.grad is not None}
+        gradients = gradients_of()
         engine.step(OPTIM.learning_rate, norm)
         engine.update_routers(totals)
         outcomes.append(
@@ -165,6 +229,7 @@ def run_engine(case: Case, as_one: bool = False) -> list[Outcome]:
                 counts=totals.count_LE,
                 dropped=float(totals.dropped_L.sum()),
                 buffers=_buffers(engine.layers),
+                further=totals.mtp_cross_entropy_M.tolist(),
             )
         )
     return outcomes
@@ -192,7 +257,8 @@ def run_reference(case: Case) -> list[Outcome]:
         lr=OPTIM.learning_rate, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.epsilon,
     )  # fmt: skip
     iterations = case.architecture().moe.chain.iterations
-    previous_LIE = torch.zeros(3, iterations, case.num_experts, dtype=torch.float64)
+    num_layers = case.architecture().model.num_layers + case.mtp_layers
+    previous_LIE = torch.zeros(num_layers, iterations, case.num_experts, dtype=torch.float64)
     outcomes = []
     for step in range(STEPS):
         outcome, previous_LIE, observed_LE = _reference_step(case, model, step, previous_LIE)
@@ -209,7 +275,7 @@ def run_reference(case: Case) -> list[Outcome]:
 
 
 def _reference_step(case: Case, model: Transformer, step: int, previous_LIE: Tensor) -> tuple[Outcome, Tensor, Tensor]:
-    grid = [[case.batch(step, m, r) for r in range(case.world)] for m in range(case.micro_batches)]
+    grid = [[case.batch(step, m, r) for r in range(case.batch_ranks)] for m in range(case.micro_batches)]
     groups = [[b] for row in grid for b in row] if case.per_rank_pool else grid
     batches = [join_batches(group) for group in groups]
     num_targets, num_valid = sum(b.num_targets for b in batches), sum(b.num_valid for b in batches)
@@ -218,22 +284,26 @@ def _reference_step(case: Case, model: Transformer, step: int, previous_LIE: Ten
     if exact:
         with torch.no_grad():
             for batch in batches:
-                for s in model(batch, ForwardContext(step=step))[1]:
+                for s in _reference_losses(model, batch, ForwardContext(step=step))[1]:
                     total_LIE[s.layer, s.iteration] += s.step_count_E
     seen_LIE = torch.zeros_like(previous_LIE)
     loss = balance = dropped = torch.zeros((), dtype=torch.float64)
-    counts = torch.zeros(2 * previous_LIE.shape[1], case.num_experts, dtype=torch.float64)
+    passes = len(moe_layers(model)) * previous_LIE.shape[1]
+    counts = torch.zeros(passes, case.num_experts, dtype=torch.float64)
+    further = torch.zeros(case.mtp_layers, dtype=torch.float64)
     observed_LE = torch.zeros_like(counts)
     for index, batch in enumerate(batches):
         left = (len(batches) - index - 1) / len(batches)
         prior_LIE = total_LIE if exact else seen_LIE + left * previous_LIE
         context = ForwardContext(step=step, prior_count_LIE=prior_LIE, prior_is_total=exact)
-        logits, stats = model(batch, context)
-        cross_entropy, extra = plain_loss_sum(logits, batch), sum(s.balance for s in stats)
-        (cross_entropy / num_targets + extra / num_valid).backward()
+        (cross_entropy, *more), stats = _reference_losses(model, batch, context)
+        extra = sum((s.balance for s in stats), torch.zeros(()))
+        weighted = sum(more) * 0.3 / max(1, len(more))
+        ((cross_entropy + weighted) / num_targets + extra / num_valid).backward()
+        further += torch.tensor([value.item() for value in more], dtype=torch.float64)
         loss, balance = loss + cross_entropy.detach(), balance + extra.detach()
         dropped = dropped + sum(s.dropped for s in stats)
-        counts += torch.stack([s.count_E for s in stats])
+        counts += torch.stack([s.count_E for s in stats]) if stats else 0
         seen_LIE = seen_LIE.clone()
         for row, s in enumerate(stats):
             if s.step_count_E is not None:
@@ -245,4 +315,15 @@ def _reference_step(case: Case, model: Transformer, step: int, previous_LIE: Ten
     outcome = Outcome(
         float(loss) / num_targets, float(balance) / num_valid, float(norm), gradients, counts, float(dropped), []
     )
+    outcome.further = further.tolist()
     return outcome, seen_LIE, observed_LE
+
+
+def _reference_losses(
+    model: Transformer, batch: TokenBatch, context: ForwardContext
+) -> tuple[list[Tensor], list[LayerStats]]:
+    """Of the next token, then of multi-token prediction, written out where there is any."""
+    if model.mtp:
+        return losses_and_stats(model, batch, context)
+    logits, stats = model(batch, context)
+    return [plain_loss_sum(logits, batch)], stats

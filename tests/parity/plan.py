@@ -27,7 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from moe_data.batch import TokenBatch
 from moe_kernels import moe_mlp
 from moe_kernels.choice import PLAIN, Choice, ExpertKernel, Problem
-from moe_parallel import options
+from moe_parallel import options, relations
 from moe_parallel.engines.native import NativeEngine
 from moe_parallel.mesh import Layout, ParallelMesh
 
@@ -115,7 +115,7 @@ def run(plan: Plan) -> Planned:
     config = load_plan(plan)
     ranks = config.parallel.ranks
     assert ranks is not None
-    layout = options.check(config, ranks)
+    layout = relations.check(config, ranks)
     rank = round(plan.place * (ranks - 1))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:

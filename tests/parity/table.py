@@ -195,6 +195,71 @@ DISPATCH_FOUR = [
     Case("2 chunks, ep 2 x replicas 2, capacity", 4, ep=2, shard=2, dispatch=CHUNKS_2, moe=CAPACITY_BY_WEIGHT, micro_batches=2),
 ]  # fmt: skip
 
+FULL_NORM, HEAD_NORM = {"qk_norm": "full"}, {"qk_norm": "head"}
+FEW_KEYS = {"num_kv_heads": 1}
+SIX_HEADS = {"num_heads": 6, "num_kv_heads": 3, "head_dim": 4}
+PLAIN_QUERY = {"q_rank": None}
+FOUR_LATENT = {"num_heads": 4}
+RANDOM_SECOND = {"normalize": True, "random_second": True}
+
+SEQUENCES_TWO = [
+    Case("tp 2", 2, tp=2, balance=ALL_LOSSES),
+    Case("cp 2", 2, cp=2, balance=ALL_LOSSES),
+    Case("tp 2, ep 2, 2 micro-batches", 2, tp=2, ep=2, rows=2, micro_batches=2, balance={**ALL_LOSSES, "bias_rate": 0.05}),
+    Case("cp 2, ep 2, 2 micro-batches", 2, cp=2, ep=2, rows=2, micro_batches=2, balance={**ALL_LOSSES, "bias_rate": 0.05}),
+    Case("tp 2, ep 2, full recompute", 2, tp=2, ep=2, recompute="full", micro_batches=2, balance=EXACT),
+    Case("cp 2, ep 2, full recompute, replicated", 2, cp=2, ep=2, shard=1, recompute="full", balance=ALL_LOSSES),
+    Case("tp 2, latent attention, tied", 2, tp=2, ep=2, latent_attention=True, tied=True, balance=GLOBAL),
+    Case("cp 2, latent attention, plain queries", 2, cp=2, latent_attention=True, attention=PLAIN_QUERY, balance=GLOBAL),
+    Case("tp 2, latent attention, plain queries", 2, tp=2, latent_attention=True, attention=PLAIN_QUERY, rows=2),
+    Case("tp 2, norm of all heads", 2, tp=2, ep=2, attention=FULL_NORM, recompute="selective", balance=GLOBAL),
+    Case("tp 2, norm of each head", 2, tp=2, attention=HEAD_NORM, moe=GATED, balance=GLOBAL),
+    Case("cp 2, norm of all heads", 2, cp=2, attention=FULL_NORM, balance=GLOBAL),
+    Case("cp 2, one key head for all", 2, cp=2, ep=2, attention=FEW_KEYS, balance={"micro_batch_coefficient": 0.3}),
+    Case("cp 2, 6 query heads on 3 key heads", 2, cp=2, attention=SIX_HEADS, balance=DEVICES),
+    Case("tp 2, losses over devices of a micro-batch", 2, tp=2, rows=2, balance={**DEVICES, "device_scope": "micro_batch"}),
+    Case("tp 2, losses over devices of all ranks", 2, tp=2, ep=2, balance={**DEVICES, "device_scope": "data_parallel"}),
+    Case("cp 2, chain of 3, norms", 2, cp=2, ep=2, moe=THREE, balance=ALL_LOSSES),
+    Case("tp 2, chain of 2, one router, full recompute", 2, tp=2, ep=2, moe=SHARED_CHAIN, recompute="full", balance=GLOBAL),
+    Case("tp 2, expert choice, sequences", 2, tp=2, ep=2, kind="expert_choice", router=POOL, rows=2),
+    Case("cp 2, expert choice, two sequences a pool", 2, cp=2, ep=2, kind="expert_choice", router={**POOL, "pool_sequences": 2}, rows=4, recompute="full"),
+    Case("cp 2, expert choice, no padding", 2, cp=2, kind="expert_choice", router=POOL, rows=2, whole_rows=True),
+    Case("cp 2, expert choice, global batch", 2, cp=2, ep=2, kind="expert_choice", router=WHOLE, rows=2),
+    Case("tp 2, expert choice, position", 2, tp=2, ep=2, kind="expert_choice", router={"pool": "position"}, rows=3),
+    Case("tp 2, threshold", 2, tp=2, ep=2, kind="expert_choice", router=THRESHOLD, rows=4, micro_batches=2),
+    Case("cp 2, bi-level", 2, cp=2, ep=2, kind="bi_level", balance=ALL_LOSSES, rows=2),
+    Case("tp 2, random", 2, tp=2, ep=2, kind="random", recompute="full"),
+    Case("cp 2, hash", 2, cp=2, ep=2, kind="hash"),
+    Case("tp 2, gshard", 2, tp=2, ep=2, router=RANDOM_SECOND, balance=GLOBAL, recompute="full"),
+    Case("tp 2, forced balance", 2, tp=2, ep=2, router={"forced_balance": True}, balance=GLOBAL),
+    Case("tp 2, least loaded", 2, tp=2, ep=2, dispatch=SPILL, balance=ALL_LOSSES, micro_batches=2),
+    Case("cp 2, 2 chunks, gated shared experts", 2, cp=2, ep=2, dispatch=CHUNKS_2, moe=GATED, balance=ALL_LOSSES),
+]  # fmt: skip
+
+SEQUENCES_FOUR = [
+    Case("tp 2 x cp 2, ep 4", 4, tp=2, cp=2, ep=4, rows=2, balance=ALL_LOSSES),
+    Case("tp 2 x shard 2, ep 4, bias", 4, tp=2, ep=4, balance={**ALL_LOSSES, "bias_rate": 0.05}, micro_batches=2),
+    Case("tp 2 x shard 2, ep 2 x expert shard 2", 4, tp=2, ep=2, balance=ALL_LOSSES, recompute="full"),
+    Case("tp 2 x replicas 2, ep 2 x expert replicas 2", 4, tp=2, ep=2, shard=1, balance=ALL_LOSSES),
+    Case("cp 2 x shard 2, ep 4", 4, cp=2, ep=4, balance=ALL_LOSSES, micro_batches=2),
+    Case("cp 2 x replicas 2, no ep", 4, cp=2, shard=2, balance=ALL_LOSSES, rows=2),
+    Case("cp 4, one key head for all, ep 2", 4, cp=4, ep=2, attention=FEW_KEYS, balance=ALL_LOSSES),
+    Case("tp 2 x cp 2, latent attention, full recompute", 4, tp=2, cp=2, ep=2, latent_attention=True, attention=FOUR_LATENT, recompute="full", balance=GLOBAL),
+    Case("tp 2 x cp 2, norm of all heads", 4, tp=2, cp=2, ep=2, attention=FULL_NORM, balance=GLOBAL),
+    Case("tp 2 x cp 2, expert choice, sequences", 4, tp=2, cp=2, ep=4, kind="expert_choice", router=POOL, rows=2),
+    Case("tp 2, expert choice, all ranks", 4, tp=2, ep=4, kind="expert_choice", router=EVERYWHERE, rows=2, recompute="full"),
+    Case("cp 2, expert choice, position", 4, cp=2, ep=2, kind="expert_choice", router={"pool": "position"}, rows=2),
+    Case("tp 2, two hops, bi-level", 4, tp=2, ep=4, dispatch=TWO_NODES, kind="bi_level", balance=ALL_LOSSES),
+    Case("cp 2, least loaded, no token for half", 4, cp=2, ep=4, num_experts=8, dispatch=SPILL, starved_rank=True, balance=BIAS),
+    Case("tp 2, idle rank", 4, tp=2, ep=2, idle_rank=True, balance=ALL_LOSSES),
+]  # fmt: skip
+
+SEQUENCES_EIGHT = [
+    Case("tp 2 x cp 2 x shard 2, ep 8", 8, tp=2, cp=2, ep=8, num_experts=8, balance=ALL_LOSSES),
+    Case("tp 2 x cp 2 x replicas 2, ep 4 x expert replicas 2", 8, tp=2, cp=2, ep=4, shard=2, balance=ALL_LOSSES, recompute="full"),
+    Case("cp 4 x shard 2, ep 2 x expert shard 4", 8, cp=4, ep=2, attention=FEW_KEYS, balance=GLOBAL, micro_batches=2),
+]  # fmt: skip
+
 BFLOAT16 = [
     Case("bf16, sharded", 2, dtype="bfloat16", balance=ALL_LOSSES, rows=2),
     Case("bf16, ep 2, 2 micro-batches", 2, ep=2, dtype="bfloat16", balance=ALL_LOSSES, micro_batches=2),
@@ -220,5 +285,7 @@ BFLOAT16 = [
         rows=2,
     ),
     Case("bf16, least loaded", 2, ep=2, dtype="bfloat16", dispatch=SPILL, balance=GLOBAL, rows=2),
+    Case("bf16, tp 2, ep 2", 2, tp=2, ep=2, dtype="bfloat16", balance=GLOBAL, rows=2),
+    Case("bf16, cp 2, ep 2", 2, cp=2, ep=2, dtype="bfloat16", balance=ALL_LOSSES, rows=2),
     Case("bf16, ep 2, full recompute", 2, ep=2, dtype="bfloat16", recompute="full", balance=ALL_LOSSES, rows=2),
 ]

@@ -108,6 +108,11 @@ class ExpertChoiceConfig(RouterConfig):
 
     def check_batch(self, shape: BatchShape, num_experts: int) -> None:
         super().check_batch(shape, num_experts)
+        if shape.parts > 1 and self.max_experts_per_token is not None:
+            raise ValueError(
+                f"router.max_experts_per_token={self.max_experts_per_token} is solved on one rank, but parallel.cp * "
+                f"parallel.tp={shape.parts} ranks share each sequence; set parallel.cp=1 parallel.tp=1"
+            )
         rows, together = shape.micro_batch_sequences, shape.ranks * shape.micro_batch_sequences
         pool, stated = f"router.pool={self.pool.value}", self.pool_sequences
         if self.pool is Pool.micro_batch:
@@ -192,12 +197,13 @@ class ExpertChoiceRouter(Router):
         return _listed(torch.where(self.cutoff_weight > 0, score_TE >= cutoff_E, best_TE))
 
     def _train(self, score_TE: Tensor, context: LayerContext) -> tuple[Choice, Tensor]:
-        config, (num_sequences, length) = self.config, context.batch_shape
-        local = config.pool is Pool.micro_batch
+        config, forward, (num_sequences, length) = self.config, context.forward, context.batch_shape
+        parts = forward.sequence.count
+        local = config.pool is Pool.micro_batch and parts == 1
         if config.pool is Pool.position:
             order_PQ = torch.arange(num_sequences * length, device=score_TE.device).view(num_sequences, length).T
         else:
-            size = (config.pool_sequences or num_sequences) if local else num_sequences
+            size = (config.pool_sequences or num_sequences) if config.pool is Pool.micro_batch else num_sequences
             order_PQ = torch.arange(num_sequences * length, device=score_TE.device).view(-1, size * length)
         score_PQE = score_TE[order_PQ]
         valid_PQ = None if context.valid_T is None else context.valid_T[order_PQ]
@@ -206,18 +212,23 @@ class ExpertChoiceRouter(Router):
         elif local:
             chosen_PQE, cutoff_PE = best_in_pools(score_PQE, valid_PQ, config.top_k)
         else:
-            chosen_PQE, cutoff_PE = best_over_ranks(score_PQE, valid_PQ, config.top_k, context.forward)
+            # A pool holds the same positions of all sequences, all tokens of some sequences, or all tokens.
+            ranks, rows, near = forward.rows, num_sequences, 1
+            if config.pool is not Pool.position:
+                ranks = forward.sequence if config.pool is Pool.micro_batch else forward.data
+                rows, near = size, parts
+            chosen_PQE, cutoff_PE = best_over_ranks(score_PQE, valid_PQ, config.top_k, ranks, rows=rows, parts=near)
         if config.pool is Pool.position:
             # The lowest scores of many small pools lie above that of them all: by their mean, evaluation would give
             # tokens fewer experts than training.
             whole_T = None if context.valid_T is None else context.valid_T[None]
-            _, cutoff_PE = best_over_ranks(score_TE[None], whole_T, config.top_k, context.forward)
+            _, cutoff_PE = best_over_ranks(score_TE[None], whole_T, config.top_k, forward.data)
         cutoff_E = self._mean_cutoff(cutoff_PE, context)
-        if config.training is Policy.threshold and context.forward.step >= config.warmup_steps:
+        if config.training is Policy.threshold and forward.step >= config.warmup_steps:
             return self.select(score_TE, context), cutoff_E
         chosen_TE = torch.empty_like(score_TE, dtype=torch.bool)
         chosen_TE[order_PQ.reshape(-1)] = chosen_PQE.flatten(0, 1)
-        if local and context.forward.no_padding and config.max_experts_per_token is None:
+        if local and forward.no_padding and config.max_experts_per_token is None:
             pools, size = order_PQ.shape
             return _listed(chosen_TE, pools * (size * config.top_k // self.num_experts)), cutoff_E
         return _listed(chosen_TE), cutoff_E
@@ -229,7 +240,7 @@ class ExpertChoiceRouter(Router):
         """
         sum_2E = torch.stack([cutoff_PE, cutoff_PE > 0]).double().sum(1)
         if self.config.pool is Pool.micro_batch and not context.forward.no_padding:
-            sum_2E = context.forward.sum_over_data(sum_2E)
+            sum_2E = context.forward.data.sum(sum_2E)
         return sum_2E[0] / sum_2E[1].clamp(min=1)
 
     @torch.no_grad()

@@ -56,8 +56,17 @@ class PluginConfig(RouterConfig):
     def build(self, dim: int, num_experts: int, with_bias: bool) -> Router:
         return self.inner.build(dim, num_experts, with_bias)
 
+    def build_first(self, dim: int, num_experts: int, with_bias: bool) -> Router:
+        return self.inner.build_first(dim, num_experts, with_bias)
+
     def num_weights(self, dim: int, num_experts: int) -> int:
         return self.inner.num_weights(dim, num_experts)
+
+    def carry_width(self, num_experts: int) -> int:
+        return self.inner.carry_width(num_experts)
+
+    def carry_weights(self, num_experts: int) -> int:
+        return self.inner.carry_weights(num_experts)
 
     def check_experts(self, num_experts: int) -> None:
         self.inner.check_experts(num_experts)

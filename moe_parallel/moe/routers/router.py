@@ -35,11 +35,14 @@ class BatchShape:
     """What the relations between a router and the run depend on."""
 
     ranks: int
+    """Ranks, or groups of them, that have sequences of their own."""
     micro_batches: int
     """Micro-batches of a step."""
     micro_batch_sequences: int
     """Sequences of one on each rank."""
     sequence_tokens: int
+    parts: int = 1
+    """Ranks that share each sequence."""
 
 
 @dataclass(kw_only=True)
@@ -63,9 +66,21 @@ class RouterConfig:
         """The router of one layer; `with_bias` asks for a selection bias that evens out the load."""
         raise NotImplementedError
 
+    def build_first(self, dim: int, num_experts: int, with_bias: bool) -> Router:
+        """The same for the one router of a model that nothing is handed to; see `carry_width`."""
+        return self.build(dim, num_experts, with_bias)
+
     def num_weights(self, dim: int, num_experts: int) -> int:
         """Parameters of one router."""
         return num_experts * dim
+
+    def carry_width(self, num_experts: int) -> int:
+        """Numbers for each token that a router hands on to the next one, with gradient; 0 for none."""
+        return 0
+
+    def carry_weights(self, num_experts: int) -> int:
+        """Parameters that a router has besides `num_weights` to make use of what is handed to it."""
+        return 0
 
     def check_experts(self, num_experts: int) -> None:
         """Raises ValueError where these options do not fit the number of experts."""
@@ -97,7 +112,7 @@ class RouterConfig:
 
     def check_batch(self, shape: BatchShape, num_experts: int) -> None:
         """Raises ValueError where these options do not fit the batches."""
-        slots = shape.micro_batch_sequences * shape.sequence_tokens * self.top_k
+        slots = shape.micro_batch_sequences * shape.sequence_tokens // shape.parts * self.top_k
         if self.forced_balance and slots % num_experts != 0:
             raise ValueError(
                 f"router.forced_balance=true deals {slots} slots of a micro-batch to moe.num_experts={num_experts} "
@@ -131,6 +146,9 @@ class Routed:
     """float64: see `LayerStats.observed_E`."""
     score_TE: Tensor | None = None
     """Scores in 0..1 by which experts compare tokens in token rounding; None where they cannot."""
+    carry: Tensor | None = None
+    """(T, carry width), at least float32, with gradient: what the next router gets as `LayerContext.carry`; see
+    `RouterConfig.carry_width`."""
     weigh: Callable[[Choice], Tensor] | None = None
     """Combine weights, with gradient, of any list of tokens and experts: token rounding adds some."""
 

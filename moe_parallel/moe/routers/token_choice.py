@@ -52,6 +52,8 @@ class TokenChoiceConfig(RouterConfig):
     """Training: multiply the router's input by random numbers in 1 - jitter .. 1 + jitter (Switch: 0.01)."""
     random_second: bool = False
     """Training: a token takes its second expert with probability of twice that one's weight (GShard)."""
+    logit_residual: bool = False
+    """Add to the logits a learned matrix times the logits of the router before (gating residuals of MoE++)."""
     kernel: RouterKernel = RouterKernel.torch
     """What computes scores, choice and weights from the logits, and the order of the slots."""
 
@@ -80,6 +82,15 @@ class TokenChoiceConfig(RouterConfig):
 
     def build(self, dim: int, num_experts: int, with_bias: bool) -> TokenChoiceRouter:
         return TokenChoiceRouter(dim, num_experts, self, with_bias)
+
+    def build_first(self, dim: int, num_experts: int, with_bias: bool) -> TokenChoiceRouter:
+        return TokenChoiceRouter(dim, num_experts, self, with_bias, first=True)
+
+    def carry_width(self, num_experts: int) -> int:
+        return num_experts if self.logit_residual else 0
+
+    def carry_weights(self, num_experts: int) -> int:
+        return num_experts**2 if self.logit_residual else 0
 
     def check_balance(self, balance: BalanceConfig) -> None:
         """Every loss and the bias act on this router."""
@@ -129,12 +140,18 @@ class TokenChoiceRouter(Router):
     """Scores every expert for every token in float32 and takes the best k. A token's experts depend on it alone.
 
     Source: arXiv 2401.06066 (softmax), 2405.04434 (groups by maximum), 2412.19437 (sigmoid, groups, bias), 2101.03961
-    (jitter), 2006.16668 (random second expert).
+    (jitter), 2006.16668 (random second expert), 2410.07348 (residual of logits).
     """
 
-    def __init__(self, dim: int, num_experts: int, config: TokenChoiceConfig, with_bias: bool) -> None:
+    def __init__(
+        self, dim: int, num_experts: int, config: TokenChoiceConfig, with_bias: bool, first: bool = False
+    ) -> None:
         super().__init__(dim, num_experts, config)
         self.weight = nn.Parameter(torch.empty(num_experts, dim, dtype=torch.float32))
+        self.residual: nn.Parameter | None = None
+        """(E, E): from the logits of the router before. The first router has none."""
+        if config.logit_residual and not first:
+            self.residual = nn.Parameter(torch.empty(num_experts, num_experts, dtype=torch.float32))
         if with_bias:
             self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
         kind = type(self)
@@ -150,7 +167,10 @@ class TokenChoiceRouter(Router):
         if jitter and context.forward.training:
             factor_TD = 1 + jitter * (2 * context.random("jitter", self.dim) - 1)
             x_TD = x_TD * factor_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-        return linear_logits(x_TD, self.weight)
+        logit_TE = linear_logits(x_TD, self.weight)
+        if self.residual is None or context.carry is None:
+            return logit_TE
+        return logit_TE + linear_logits(context.carry, self.residual)
 
     def scores(self, logit_TE: Tensor) -> Tensor:
         return logit_TE.softmax(-1) if self.config.score is Score.softmax else logit_TE.sigmoid()
@@ -221,6 +241,7 @@ class TokenChoiceRouter(Router):
             logits=(logit_TE,),
             levels=(Level(share_TE),),
             counted=counted,
+            carry=logit_TE if self.config.logit_residual else None,
             score_TE=score_TE,
             weigh=lambda pairs: self.weights_of_pairs(score_TE, own, pairs),
         )

@@ -128,12 +128,12 @@ def test_products_are_counted():
     """Would catch: experts that cost nothing where kernels compute them; arms are compared at equal FLOPs. Exact."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from moe_parallel.measured import _FORMULAS
+    from moe_parallel.measured import FORMULAS
 
     case = operands("top-k", tokens=21, dim=32, hidden=48)
     totals = []
     for how in (ExpertKernel.triton, ExpertKernel.loop):
-        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             ours(case, torch.float32, how=how)
         totals.append(counter.get_total_flops())
     assert totals[0] == totals[1] == 3 * 2 * 42 * 3 * 48 * 32

@@ -1,0 +1,42 @@
+"""What the options of every engine have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from pydantic.dataclasses import dataclass
+
+from moe_parallel.mesh import Layout, ParallelConfig
+from moe_parallel.model.architecture import Architecture
+from moe_parallel.moe.dispatch.config import DispatchConfig
+from moe_parallel.optim import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSetting:
+    """What the relations between an engine and the run depend on."""
+
+    architecture: Architecture
+    layout: Layout
+    parallel: ParallelConfig
+    dispatch: DispatchConfig
+    optim: OptimConfig
+    device_type: str | None = None
+    """What the ranks compute on; None if that is not known, in a plan."""
+    dtype: torch.dtype | None = None
+    """What they compute in; None likewise."""
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """What shards, reduces and steps. Each engine has its options, and some have none."""
+
+    def problems(self, setting: EngineSetting) -> list[str]:
+        """Why it cannot train this, with the remedy of each. Needs neither its package nor a process group."""
+        return []
+
+
+@dataclass(kw_only=True)
+class NativeEngineConfig(EngineConfig):
+    """torch's own FSDP2, all-to-all and pipelines. Its options are those of `parallel`."""

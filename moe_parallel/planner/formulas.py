@@ -1,0 +1,233 @@
+"""Memory and step time of a layout by formulas, in a millisecond: what sorts thousands of layouts before a few are run.
+
+Weights, products and large messages are counted as the engine does them; element-wise operations are estimated by their
+traffic. A trace of the same layout replaces all of it (`trace_time.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moe_parallel.mesh import Layout, Recompute
+from moe_parallel.model.architecture import Architecture
+from moe_parallel.model.counts import Bytes, MemoryEstimate, count_parameters, forward_flops_per_token, memory_per_rank
+from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
+from moe_parallel.options import Config
+from moe_parallel.planner.cluster import ClusterConfig
+from moe_parallel.planner.step_time import Hiding, Pass, StageTime, stage_time
+
+MASTER_BYTES = 4
+"""Of a weight and of its gradient as they are reduced."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The layers of one pipeline stage, as a model of their own."""
+
+    architecture: Architecture
+    embedding: bool
+    head: bool
+    in_flight: int
+    """Micro-batches whose activations it holds at once."""
+
+
+def stages_of(architecture: Architecture, layers: list[int], micro_batches: int) -> list[Stage]:
+    """Cut a model by the numbers of layers of its stages; 1F1B holds fewer micro-batches the later a stage is."""
+    model, start, found = architecture.model, 0, []
+    for index, count in enumerate(layers):
+        dense, last = max(0, min(model.first_dense_layers - start, count)), index == len(layers) - 1
+        own = replace(
+            model, num_layers=count, first_dense_layers=dense, mtp_layers=model.mtp_layers if last else 0
+        )
+        in_flight = min(micro_batches, len(layers) - index)
+        found.append(Stage(replace(architecture, model=own), index == 0, last, in_flight))
+        start += count
+    return found
+
+
+def even_layers(num_layers: int, stages: int) -> list[int]:
+    """Layers of each stage, the first ones with one more where they do not divide."""
+    return [num_layers // stages + (index < num_layers % stages) for index in range(stages)]
+
+
+def micro_batch_tokens(config: Config, layout: Layout) -> int:
+    """Tokens that a rank computes at once."""
+    _, sequences = config.train.micro_batches(layout.batch_ranks)
+    return sequences * config.train.sequence_tokens // layout.sequence_ranks
+
+
+def stage_memory(
+    config: Config, layout: Layout, stage: Stage, compute_bytes: int, imbalance: float = 1.0
+) -> MemoryEstimate:
+    """Peak of a rank of one stage."""
+    parallel = config.parallel
+    micro_batches, _ = config.train.micro_batches(layout.batch_ranks)
+    return memory_per_rank(
+        stage.architecture,
+        micro_batch_tokens(config, layout),
+        shard=layout.shard,
+        ep=layout.ep,
+        expert_shard=layout.expert_shard,
+        tp=layout.tp,
+        recompute=parallel.recompute,
+        reshard=parallel.reshard_after_forward,
+        gradients_wait=not parallel.reshard_after_forward and micro_batches > 1,
+        embedding=stage.embedding,
+        head=stage.head,
+        in_flight=stage.in_flight,
+        imbalance=imbalance,
+        size=Bytes(compute=compute_bytes),
+    )
+
+
+def estimated_time(
+    config: Config, layout: Layout, stage: Stage, cluster: ClusterConfig, compute_bytes: int, imbalance: float = 1.0
+) -> StageTime:
+    """Time of one stage."""
+    work = _Work(config, layout, stage, cluster, compute_bytes, imbalance)
+    again = config.parallel.recompute is Recompute.full
+    forward, replay = work.compute(), work.compute() if again else {}
+    backward = {name: 2 * seconds + replay.get(name, 0.0) for name, seconds in forward.items()}
+    rows, sequences = work.rows_seconds(), work.sequence_seconds()
+    gather, reduce, replicas = work.weights_seconds()
+    several = config.parallel.reshard_after_forward
+    between = {"stages": work.stage_seconds()}
+    there = Pass(forward, {"rows": rows, "sequences": sequences, "weights": gather, "sums": work.sums_seconds(), **between})
+    back = Pass(
+        backward,
+        {
+            "rows": rows * (2 if again else 1),
+            "sequences": sequences * (2 if again else 1),
+            "weights": (gather + reduce) * several,
+            **between,
+        },
+    )
+    last_only = {"weights": replicas + (0.0 if several else reduce)}
+    optimizer = Pass({"other": cluster.memory_seconds(work.held_weights() * 28)}, {})
+    return stage_time(there, back, last_only, optimizer, hiding(config, layout, stage.architecture, cluster, compute_bytes))
+
+
+def hiding(
+    config: Config, layout: Layout, architecture: Architecture, cluster: ClusterConfig, compute_bytes: int
+) -> Hiding:
+    """What hides the exchanges of a stage."""
+    model, moe = architecture.model, architecture.moe
+    flops = 6 * model.dim * moe.num_shared_experts * moe.expert_dim * micro_batch_tokens(config, layout)
+    return Hiding(
+        overlap=cluster.overlap,
+        ways=2 * architecture.num_moe_layers * moe.chain.iterations if layout.ep > 1 else 0,
+        chunks=config.dispatch.chunks if isinstance(config.dispatch, AllToAllConfig) else 1,
+        shared_seconds=cluster.product_seconds(flops, cluster.matmul_efficiency, compute_bytes),
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    config: Config
+    layout: Layout
+    stage: Stage
+    cluster: ClusterConfig
+    compute_bytes: int
+    imbalance: float
+
+    @property
+    def tokens(self) -> int:
+        return micro_batch_tokens(self.config, self.layout)
+
+    @property
+    def rows(self) -> float:
+        """Rows of this rank's experts in one layer."""
+        shape = self.stage.architecture
+        more = self.imbalance if self.layout.ep > 1 else 1.0
+        return self.tokens * shape.router.top_k * shape.moe.chain.iterations * more
+
+    def compute(self) -> dict[str, float]:
+        """Seconds of a forward pass."""
+        shape, cluster, tokens = self.stage.architecture, self.cluster, self.tokens
+        model, counts = shape.model, count_parameters(shape)
+        sequence = self.config.train.sequence_tokens
+        total = forward_flops_per_token(shape, sequence) * tokens
+        attention = total - forward_flops_per_token(shape, 0) * tokens  # without what one token costs itself
+        routed = 2.0 * counts.routed_active * tokens
+        head = 0 if self.stage.head else 2.0 * (counts.head or counts.embedding) * tokens
+        experts = routed / shape.router.top_k * (self.rows / tokens / max(1, shape.moe.chain.iterations)) if routed else 0.0
+        seconds = cluster.product_seconds
+        row_passes, token_passes = 14, 50  # by eye of traces; see tests/planner
+        traffic = model.num_layers * token_passes * tokens * model.dim
+        traffic += shape.num_moe_layers * row_passes * self.rows * (model.dim + shape.moe.expert_dim)
+        return {
+            "matmul": seconds(total - attention - routed - head, cluster.matmul_efficiency, self.compute_bytes),
+            "attention": seconds(attention, cluster.attention_efficiency, self.compute_bytes),
+            "experts": seconds(experts, cluster.expert_efficiency, self.compute_bytes),
+            "other": cluster.memory_seconds(traffic * self.compute_bytes),
+        }
+
+    def rows_seconds(self) -> float:
+        """Exchange of rows in one forward pass, there and back, at the fullest rank."""
+        shape, layout = self.stage.architecture, self.layout
+        if layout.ep == 1:
+            return 0.0
+        num_bytes = int(self.rows * shape.model.dim * self.compute_bytes)
+        return 2 * shape.num_moe_layers * self._collective("all_to_all", num_bytes, 1, layout.ep)
+
+    def sequence_seconds(self) -> float:
+        """Gathers and scatters of tp, all-to-alls of cp, in one forward pass."""
+        shape, layout, size = self.stage.architecture, self.layout, self.tokens * self.compute_bytes
+        model, attention = shape.model, shape.attention
+        total = 0.0
+        if layout.tp > 1:
+            once = sum(self._collective(op, size * model.dim * layout.tp, 1, layout.tp) for op in ("all_gather", "reduce_scatter"))
+            total += (shape.num_blocks + model.first_dense_layers) * once
+        if layout.cp > 1:
+            width = getattr(attention, "query_head_dim", None) or attention.head_width(model.dim)  # type: ignore[attr-defined]
+            heads = attention.num_heads * width * size
+            total += shape.num_blocks * 2 * self._collective("all_to_all", 2 * heads, layout.tp, layout.cp)
+        return total
+
+    def weights_seconds(self) -> tuple[float, float, float]:
+        """Gathering all weights once, reducing their gradients over shards, and those over replicas."""
+        layout = self.layout
+        dense, routed = self._whole_weights()
+        whole, parts, here = layout.shard * layout.tp, layout.expert_shard, layout.ep * layout.expert_shard
+
+        def by_layer(op: str, dense_bytes: int, whole_groups: tuple[int, int], routed_bytes: int, groups: tuple[int, int]) -> float:
+            layers = self.stage.architecture.num_blocks
+            once = self._collective(op, dense_bytes / layers, *whole_groups)
+            return layers * (once + self._collective(op, routed_bytes / layers, *groups))
+
+        size, shards, copies = self.compute_bytes, (1, whole), (whole, layout.replicate)
+        own, own_copies = (layout.ep, parts), (here, layout.expert_replicate)
+        gather = by_layer("all_gather", dense * size, shards, routed * size, own)
+        reduce = by_layer("reduce_scatter", dense * MASTER_BYTES, shards, routed * MASTER_BYTES, own)
+        held = dense // whole * MASTER_BYTES, routed // parts * MASTER_BYTES
+        return gather, reduce, by_layer("all_reduce", held[0], copies, held[1], own_copies)
+
+    def stage_seconds(self) -> float:
+        """Activations to the next stage, or their gradients to the one before."""
+        if self.layout.pp == 1:
+            return 0.0
+        num_bytes = self.tokens * self.stage.architecture.model.dim * self.compute_bytes
+        return self._collective("send", num_bytes, self.layout.stage_ranks, 2)
+
+    def sums_seconds(self) -> float:
+        """Counts of experts over all ranks, for a balance loss."""
+        balance = self.config.balance
+        if not (balance.global_coefficient or balance.data_parallel_coefficient):
+            return 0.0
+        shape = self.stage.architecture
+        once = self._collective("all_reduce", 8 * shape.moe.num_experts, 1, self.layout.stage_ranks)
+        return shape.num_moe_layers * shape.moe.chain.iterations * once
+
+    def held_weights(self) -> float:
+        """Weights whose optimizer state this rank has."""
+        dense, routed = self._whole_weights()
+        return dense / (self.layout.shard * self.layout.tp) + routed / self.layout.expert_shard
+
+    def _whole_weights(self) -> tuple[int, int]:
+        """Weights that this rank works with: dense ones, and routed experts of its place in `ep`."""
+        stage, counts = self.stage, count_parameters(self.stage.architecture)
+        dense = counts.total - counts.routed - (0 if stage.embedding else counts.embedding) - (0 if stage.head else counts.head)
+        return dense, counts.routed // self.layout.ep
+
+    def _collective(self, op: str, num_bytes: float, stride: int, ranks: int) -> float:
+        return self.cluster.collective_seconds(op, num_bytes, self.cluster.strided(ranks, stride))

@@ -1,0 +1,85 @@
+"""The relations between sections of the options: what must hold before ranks meet, all violations at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from moe_parallel.engines.config import EngineSetting
+from moe_parallel.engines.parallelize import sequence_problems
+from moe_parallel.mesh import Layout, make_layout
+from moe_parallel.moe.dispatch.config import DispatchSetting
+from moe_parallel.moe.routers.router import BatchShape
+from moe_parallel.options import Config, ConfigError, architecture
+
+T = TypeVar("T")
+
+
+def check(config: Config, ranks: int, device_type: str | None = None) -> Layout:
+    """The relations between sections, for these ranks; plans know no device. Raises ConfigError with all problems."""
+    problems: list[str] = []
+
+    def attempt(action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except ValueError as error:
+            problems.append(str(error))
+            return None
+
+    layout = attempt(lambda: make_layout(config.parallel, ranks, config.moe.num_experts))
+    batches = None if layout is None else attempt(lambda: config.train.micro_batches(layout.batch_ranks))
+    # The tokenizer is not known yet.
+    shape = attempt(lambda: architecture(config, None if config.model.vocab_size else 1))
+    attempt(lambda: config.checkpoint.check_evaluation(config.evaluation.every_steps, config.data.validation_sequences))
+    if device_type is not None:
+        attempt(lambda: config.attention.core.check_training(device_type))
+        attempt(lambda: config.moe.check_kernel(device_type, config.train.compute_type(device_type), config.model.dim))
+        attempt(lambda: config.router.check_device(device_type, config.train.compute_type(device_type)))
+        attempt(lambda: config.parallel.check_compiler(device_type))
+    if layout is not None:
+        problems += _expert_problems(config, layout)
+        problems += [] if shape is None else sequence_problems(shape, layout, config.train.sequence_tokens)
+        dtype = None if device_type is None else config.train.compute_type(device_type)
+        sizes = layout.ep, config.moe.num_experts, config.model.dim, config.router.top_k
+        attempt(lambda: config.dispatch.check(DispatchSetting(*sizes, device_type, dtype)))
+        if shape is not None:
+            setting = EngineSetting(shape, layout, config.parallel, config.dispatch, config.optim, device_type, dtype)
+            problems += config.engine.problems(setting)
+    if layout is not None and batches is not None:
+        problems += _batch_problems(config, batches[1])
+        sizes_of_batch = BatchShape(
+            layout.batch_ranks, *batches, config.train.sequence_tokens, parts=layout.sequence_ranks
+        )
+        attempt(lambda: config.router.check_batch(sizes_of_batch, config.moe.num_experts))
+        tokens = batches[1] * config.train.sequence_tokens // layout.sequence_ranks
+        attempt(lambda: config.moe.check_tokens(tokens, config.router.top_k))
+    if layout is None or problems:
+        raise ConfigError(problems)
+    return layout
+
+
+def _expert_problems(config: Config, layout: Layout) -> list[str]:
+    model, parts = config.model, layout.expert_shard
+    problems = []
+    if layout.ep > 1 and model.first_dense_layers == model.num_layers:
+        problems.append(
+            f"parallel.ep={layout.ep} splits experts, but model.first_dense_layers={model.first_dense_layers} leaves "
+            f"none of model.num_layers={model.num_layers}; set parallel.ep=1"
+        )
+    if layout.ep > 1 and model.dim % parts and config.moe.expert_dim % parts:
+        problems.append(
+            f"parallel.shard={layout.shard} over parallel.ep={layout.ep} leaves {parts} ranks for each expert, which "
+            f"divide neither model.dim={model.dim} nor moe.expert_dim={config.moe.expert_dim}; change one of them"
+        )
+    return problems
+
+
+def _batch_problems(config: Config, micro_batch_sequences: int) -> list[str]:
+    tokens, limit = config.train.sequence_tokens, config.model.max_sequence_tokens
+    problems = []
+    if limit is not None and tokens > limit:
+        problems.append(
+            f"train.sequence_tokens={tokens} is more than model.max_sequence_tokens={limit}; shorten the sequence, or "
+            "raise the limit"
+        )
+    return problems
