@@ -10,20 +10,23 @@ RANKS ?= 2
 ARGS ?=
 NAME ?= granularity
 
-.PHONY: install train test parity compare bench bench-gpu bench-gpu-train bench-nodes bench-overlap bench-skew check format help clean
+.PHONY: install train test parity parity-slow compare bench bench-gpu bench-gpu-train bench-checkpoint bench-nodes bench-overlap bench-skew bench-scaling check format help clean
 
 help:
 	@echo "make install   create .venv with pinned dependencies"
 	@echo "make train     train the default model on $(RANKS) processes, experts split over them   (ARGS='train.steps=50')"
 	@echo "make test      the whole test suite, parity included"
 	@echo "make parity    only the parity suite; prints its table"
+	@echo "make parity-slow  its rows of 8 processes"
 	@echo "make compare   an experiment of docs/experiments.md   (NAME=granularity ARGS='--jobs 2')"
 	@echo "make bench     speed and memory against transformers, written to docs/benchmarks.md"
 	@echo "make bench-gpu  a layer's experts on this GPU against its peers   (ARGS=--dry-run: on a CPU; PEERS=path: bundle.py's)"
 	@echo "make bench-gpu-train  training steps of whole models on this GPU, against transformers and torchtitan   (ARGS=--dry-run)"
 	@echo "make bench-nodes  flat against two-hop exchange over a slow link between two nodes, in namespaces; as root"
 	@echo "make bench-overlap  how much of a slow exchange computation hides, in namespaces; as root"
+	@echo "make bench-checkpoint  saving and loading against the disk, and from a kill to training again   (ARGS=--write)"
 	@echo "make bench-skew   least-loaded dispatch under skewed loads, 4 processes   (ARGS=--write: into docs/benchmarks.md)"
+	@echo "make bench-scaling  weak and strong scaling of every kind of parallelism over 1, 2, 4 processes"
 	@echo "make check     formatting, lint, types, spelling"
 	@echo "make format    format the code"
 
@@ -46,6 +49,9 @@ test: $(READY)
 parity: $(READY)
 	$(BIN)/python -m pytest -q tests/parity $(ARGS)
 
+parity-slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow tests/parity $(ARGS)
+
 # One comparison with three seeds: make compare NAME=granularity ARGS='--jobs 2 --write'
 compare: $(READY)
 	$(BIN)/python scripts/compare.py $(NAME) $(ARGS)
@@ -62,8 +68,14 @@ bench-gpu:
 bench-gpu-train:
 	PYTHONPATH=kernels:data$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m benchmarks.gpu_train.run $(ARGS)
 
+bench-checkpoint: $(READY)
+	$(BIN)/python benchmarks/checkpoint.py $(ARGS)
+
 bench-skew: $(READY)
 	$(BIN)/python benchmarks/skewed_load.py $(ARGS)
+
+bench-scaling: $(READY)
+	$(BIN)/python benchmarks/scaling.py $(ARGS)
 
 bench-overlap: $(READY)
 	$(BIN)/python benchmarks/overlap.py $(ARGS)

@@ -286,6 +286,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker is not None:
         return worker(arguments.worker, arguments.layers, arguments.rounds)
+    load = os.getloadavg()[0]
     arguments.folder.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
@@ -295,7 +296,9 @@ def main() -> None:
         shutil.rmtree(place, ignore_errors=True)
     facts = (
         f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, gloo, one thread a rank; `make bench-checkpoint`"
+        f"torch {torch.__version__}, gloo, one thread a rank, load of the machine {load:.0f} before and "
+        f"{os.getloadavg()[0]:.0f} after; "
+        "`make bench-checkpoint`"
     )
     again = (
         f"Killed and training again, {arguments.kills} times: {spread([k['training'] for k in kills], 1)} s from "

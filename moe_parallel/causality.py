@@ -228,11 +228,16 @@ class _Watched(LocalDispatcher):
 def _run_layer(layer: MoELayer) -> Run:
     watched = _Watched()
     layer.dispatcher = watched
+    width = layer.router.config.carry_width(layer.config.num_experts)
+    handed_on = torch.randn(DIM, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
     def run(texts: Texts, forward: ForwardContext) -> Tensor:
         watched.seen.clear()
-        out_TD, _ = layer(texts.row_BSD.flatten(0, 1), forward.for_layer(0, texts.batch))
-        return torch.cat([out_TD, *watched.seen], dim=1).unflatten(0, texts.batch.token_BS.shape)
+        row_TD = texts.row_BSD.flatten(0, 1)
+        context = replace(forward, carry=row_TD @ handed_on if width else None)
+        out_TD, all_stats = layer(row_TD, context.for_layer(0, texts.batch))
+        hands_on = [stats.carry for stats in all_stats if stats.carry is not None]
+        return torch.cat([out_TD, *hands_on, *watched.seen], dim=1).unflatten(0, texts.batch.token_BS.shape)
 
     return run
 

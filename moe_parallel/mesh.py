@@ -38,7 +38,8 @@ class Compile(str, Enum):
     none = "none"
     """Run every operator by itself."""
     blocks = "blocks"
-    """Fuse norms, projections, rotation and residual sum around the attention kernel of each block."""
+    """Fuse norms, projections, rotation and residual sum around the attention kernel of each block. With tp > 1 the
+    projections stand alone: their weights are gathered in between."""
 
 
 class PipelineSchedule(str, Enum):

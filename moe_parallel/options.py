@@ -29,6 +29,7 @@ from moe_parallel import option_texts
 from moe_parallel.checkpoint.checkpointer import CheckpointConfig
 from moe_parallel.engines.config import EngineConfig, NativeEngineConfig
 from moe_parallel.engines.deepspeed_config import DeepSpeedConfig
+from moe_parallel.engines.megatron_config import MegatronConfig
 from moe_parallel.mesh import ParallelConfig
 from moe_parallel.model.architecture import Architecture, ModelConfig
 from moe_parallel.model.attention import AttentionConfig, GroupedQueryConfig
@@ -78,7 +79,7 @@ ROUTERS = {
 }
 DISPATCHES: dict[str, type] = {"all_to_all": AllToAllConfig, "two_hop": TwoHopConfig}
 DISPATCHES |= {"least_loaded": LeastLoadedConfig, "deepep": DeepEPConfig}
-ENGINES: dict[str, type] = {"native": NativeEngineConfig, "deepspeed": DeepSpeedConfig}
+ENGINES: dict[str, type] = {"native": NativeEngineConfig, "deepspeed": DeepSpeedConfig, "megatron": MegatronConfig}
 GROUPS_OF_KINDS: dict[str, dict[str, type]] = {"attention": ATTENTIONS, "router": ROUTERS, "dispatch": DISPATCHES}
 GROUPS_OF_KINDS |= {"engine": ENGINES}
 """A dataclass for each kind of a section. No two have the same names of options: saved ones are told apart by them."""

@@ -43,7 +43,16 @@ def check(config: Config, ranks: int, device_type: str | None = None) -> Layout:
         sizes = layout.ep, config.moe.num_experts, config.model.dim, config.router.top_k
         attempt(lambda: config.dispatch.check(DispatchSetting(*sizes, device_type, dtype)))
         if shape is not None:
-            setting = EngineSetting(shape, layout, config.parallel, config.dispatch, config.optim, device_type, dtype)
+            setting = EngineSetting(
+                shape,
+                layout,
+                config.parallel,
+                config.dispatch,
+                config.optim,
+                device_type,
+                dtype,
+                micro_batches=None if batches is None else batches[0],
+            )
             problems += config.engine.problems(setting)
     if layout is not None and batches is not None:
         problems += _batch_problems(config, batches[1])

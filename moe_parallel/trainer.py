@@ -116,7 +116,8 @@ class Trainer:
                 started = time.perf_counter()
                 batches, num_targets, num_valid = self._next(prefetcher)
                 if state.step == first_step and self.config.train.dry_batch:
-                    self._dry_batch(batches[0])
+                    # A pipeline works on all of them at once, and its schedule needs so many.
+                    self._dry_batch(batches if self.engine.layout.pp > 1 else batches[:1])
                     started = time.perf_counter()
                 metrics = self.train_step(batches, num_targets, num_valid)
                 self.data_state = prefetcher.state_dict()
@@ -167,7 +168,7 @@ class Trainer:
         }
         for number, further in enumerate(totals.mtp_cross_entropy_M.tolist(), start=1):
             metrics[f"loss/mtp_{number}_nats"] = further / num_targets
-        if engine.architecture.balance.global_coefficient > 0 and engine.layers:
+        if engine.architecture.balance.global_coefficient > 0 and engine.architecture.num_moe_layers > 0:
             metrics["balance/global_estimate_error"] = float(estimate_error)
         self._heat_map(totals)
         return metrics
@@ -199,11 +200,11 @@ class Trainer:
             self.checkpointer.evaluated(self.state.step, loss)
         return validation
 
-    def _dry_batch(self, batch: TokenBatch) -> None:
+    def _dry_batch(self, batches: list[TokenBatch]) -> None:
         """Forward and backward without any effect but memory, so that a lack of it shows before step 1."""
         engine = self.engine
         before = engine.previous_count_LIE
-        engine.forward_backward([batch], self.state.step, 1, 1)
+        engine.forward_backward(batches, self.state.step, 1, 1)
         engine.previous_count_LIE = before
         engine.zero_grad()
         self._sum()
@@ -310,7 +311,7 @@ class Trainer:
         return sums[:-1], round(float(sums[-1]))
 
     def _heat_map(self, totals: StepSums) -> None:
-        if self.engine.layers and self.config.tracking.heatmap_due(self.state.step):
+        if self.engine.architecture.num_moe_layers and self.config.tracking.heatmap_due(self.state.step):
             count_LE = totals.count_LE.cpu()
             load_LE = count_LE / count_LE.mean(-1, keepdim=True).clamp(min=1e-30)
             self.tracker.image(self.state.step, "experts/load", load_LE.tolist())

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 _PARITY_HEAD = (
-    "parity with one process", "tier", "ranks", "ep", "shard", "recompute", "micro", "worst gradient", "allowed"
+    "parity with one process", "tier", "ranks", "pp", "tp", "cp", "ep", "shard", "recompute", "micro", "worst gradient", "allowed"
 )  # fmt: skip
 _PLAN_HEAD = (
     "built, sharded and run on fake ranks", "ranks", "rank", "ep", "shard", "recompute", "micro-batch", "M weights",
@@ -27,7 +27,8 @@ def parity_table():
 
     def record(case, tier, worst, tolerance) -> None:
         row = (
-            case.name, tier, str(case.world), str(case.ep), str(case.shard or case.world), case.recompute,
+            case.name, tier, *(str(number) for number in (case.world, case.pp, case.tp, case.cp, case.ep)),
+            str(case.shard or case.world // (case.pp * case.tp)), case.recompute,
             str(case.micro_batches), f"{worst:.1e}", f"{tolerance:.0e}",
         )  # fmt: skip
         if row not in _TABLES[_PARITY_HEAD]:

@@ -157,7 +157,7 @@ class Checkpointer:
         Args:
             step: optimizer steps done.
             state: what this rank holds of model and optimizer.
-            extra: plain data and tensors of the trainer, the same on all ranks (rank 0's is kept).
+            extra: plain data and tensors of the trainer, the same on all ranks.
             identity: what makes this model another model (the architecture); compared by `load`.
             progress: how far the training is, in plain numbers (tokens, place in the data); recorded for people.
         Returns:

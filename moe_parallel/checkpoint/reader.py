@@ -45,7 +45,9 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class IndexUnpickler(pickle.Unpickler):
+    """Makes nothing but descriptions of tensors."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
@@ -61,6 +63,8 @@ class SafeReader(FileSystemReader):
         path: folder of the checkpoint.
         files: names that meta.json lists; the index may refer to no other file.
     """
+
+    unpickler: type[pickle.Unpickler] = IndexUnpickler
 
     def __init__(self, path: Path, files: set[str]) -> None:
         super().__init__(path)
@@ -111,7 +115,7 @@ class SafeReader(FileSystemReader):
 
     def _unpickle(self, file: IO[bytes]) -> Metadata:
         try:
-            index = _IndexUnpickler(file).load()
+            index = self.unpickler(file).load()
         except UnusableCheckpointError as error:
             raise UnusableCheckpointError(f"{self.path} is refused: {error}") from None
         except Exception as error:

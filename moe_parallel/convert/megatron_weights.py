@@ -120,6 +120,8 @@ class MegatronWeights:
         shared = moe.num_shared_experts * moe.expert_dim
         if name == "router.weight":
             yield _whole(f"{ours}ffn.router.weight", (num, dim))
+        elif name == "router.expert_bias":
+            yield _whole(f"{ours}ffn.router.bias", (num,))
         elif name == "experts.experts.linear_fc1.weight":
             yield _range(f"{ours}ffn.experts.gate_up", (num, wide, dim), first, each)
         elif name == "experts.experts.linear_fc2.weight":

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from pydantic.dataclasses import dataclass
 
+from moe_parallel.engines.stages import micro_batch_problems, pipeline_problems
 from moe_parallel.mesh import Layout, ParallelConfig
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.moe.dispatch.config import DispatchConfig
@@ -26,6 +27,8 @@ class EngineSetting:
     """What the ranks compute on; None if that is not known, in a plan."""
     dtype: torch.dtype | None = None
     """What they compute in; None likewise."""
+    micro_batches: int | None = None
+    """Of a rank in a step; None if that is not known."""
 
 
 @dataclass(kw_only=True)
@@ -40,3 +43,10 @@ class EngineConfig:
 @dataclass(kw_only=True)
 class NativeEngineConfig(EngineConfig):
     """torch's own FSDP2, all-to-all and pipelines. Its options are those of `parallel`."""
+
+    def problems(self, setting: EngineSetting) -> list[str]:
+        parallel = setting.parallel
+        found = pipeline_problems(parallel, setting.architecture, setting.device_type)
+        if not found and setting.micro_batches is not None:
+            found += micro_batch_problems(parallel, setting.micro_batches)
+        return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -258,6 +259,7 @@ def _partition(parameter: Any, first: Any, zero3: dict[str, Any], dtype: torch.d
 def _join(device: torch.device) -> None:
     """Let DeepSpeed use the process group that is there."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
     # It takes the device from here and would ask MPI otherwise; srun does not set it.
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     # On a CPU it would compile an operator of its own for shared memory: half a minute, and no gain for gradients.

@@ -13,6 +13,7 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from moe_parallel.engines.config import EngineConfig, EngineSetting
+from moe_parallel.engines.stages import schedule_problems
 from moe_parallel.mesh import Compile
 
 PACKAGE = "deepspeed==0.19.8"
@@ -95,7 +96,7 @@ class DeepSpeedConfig(EngineConfig):
 
     def problems(self, setting: EngineSetting) -> list[str]:
         layout, parallel = setting.layout, setting.parallel
-        problems = []
+        problems = schedule_problems(parallel, "deepspeed")
         for name, degree in (("pp", layout.pp), ("tp", layout.tp), ("cp", layout.cp)):
             if degree > 1:
                 problems.append(
@@ -113,13 +114,13 @@ class DeepSpeedConfig(EngineConfig):
             )
         if parallel.compile is not Compile.none:
             problems.append(
-                f"parallel.compile={parallel.compile.value} is not possible with engine=deepspeed, whose hooks would be "
-                "compiled along; set parallel.compile=none, or engine=native"
+                f"parallel.compile={parallel.compile.value} is not possible with engine=deepspeed, whose hooks would be"
+                " compiled along; set parallel.compile=none, or engine=native"
             )
         if setting.dtype is torch.bfloat16 and self.stage == 1 and self.offload_optimizer is Offload.none:
             problems.append(
-                "engine.stage=1 with train.dtype=bfloat16 makes DeepSpeed take another optimizer, whose norm of experts' "
-                "gradients is not that of all of them; set engine.stage=2, or train.dtype=float32"
+                "engine.stage=1 with train.dtype=bfloat16 makes DeepSpeed take another optimizer with a norm of its own, "
+                "which is not proven here; set engine.stage=2, or train.dtype=float32"
             )
         return problems + self._missing(setting.device_type)
 

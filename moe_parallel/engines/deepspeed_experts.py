@@ -45,6 +45,10 @@ class RegisteredExperts(RoutedExperts):
     def down(self) -> nn.Parameter:  # type: ignore[override]
         return self.w2
 
+    @property
+    def local_shape(self) -> torch.Size:
+        return getattr(self.w1, "ds_shape", self.w1.shape)  # in stage 3 the parameter itself is empty at times
+
 
 class RegisteredLayer(MoELayer, AutoEPMoELayer):
     """Our layer as DeepSpeed sees it. The second base is a mark for its engine; nothing of it runs."""

@@ -337,6 +337,7 @@ class MegatronEngine(Engine):
 
 
 def _is_last(chunk: nn.Module) -> bool:
+    assert isinstance(chunk, DistributedDataParallel)
     return bool(chunk.module.post_process)
 
 

@@ -34,7 +34,7 @@ def _package() -> Iterator[str]:
 
 def _stages(setting: EngineSetting) -> Iterator[str]:
     parallel, layout, layers = setting.parallel, setting.layout, setting.architecture.model.num_layers
-    found = pipeline_problems(parallel, layout, setting.architecture, setting.device_type)
+    found = pipeline_problems(parallel, setting.architecture, setting.device_type)
     yield from found
     if found or layout.pp == 1:
         return
@@ -46,13 +46,13 @@ def _stages(setting: EngineSetting) -> Iterator[str]:
     if layers % stages != 0:
         legal = [d for d in range(1, layers + 1) if layers % d == 0]
         yield (
-            f"{stages} stages (parallel.pp={layout.pp}) do not divide model.num_layers={layers}: those of Megatron-Core "
-            f"have equally many layers; legal numbers of stages: {legal}"
+            f"{stages} stages (parallel.pp={layout.pp}) do not divide model.num_layers={layers}: those of "
+            f"Megatron-Core have equally many layers; legal numbers of stages: {legal}"
         )
     elif parallel.stage_layers not in (None, [layers // stages] * stages):
         yield (
-            f"parallel.stage_layers={parallel.stage_layers} is uneven; stages of Megatron-Core have equally many layers: "
-            "leave it out"
+            f"parallel.stage_layers={parallel.stage_layers} is uneven; stages of Megatron-Core have equally many "
+            "layers: leave it out"
         )
 
 

@@ -117,6 +117,7 @@ class NativeEngine(Engine):
         with torch.no_grad():
             for batch in batches:
                 for layer in self._forward(self._mine(batch), context, Output.hidden)[1]:
+                    assert layer.step_count_E is not None
                     total_LIE[layer.layer, layer.iteration] += layer.step_count_E
         return total_LIE
 

@@ -162,7 +162,9 @@ def shard_weights(
     """FSDP2, each kind of weight over its own view. Reductions are plain sums in the type of the parameters."""
     master = next(model.parameters()).dtype
     mixed = dtype != master
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master) if mixed else MixedPrecisionPolicy()
+    # Inputs are not cast: activations follow the weights, and FSDP would go into dataclasses and round what is in
+    # float32 there on purpose, such as rotations, counts and what routers hand on.
+    policy = MixedPrecisionPolicy(dtype, master, cast_forward_inputs=False) if mixed else MixedPrecisionPolicy()
     # Other schedules free a stage's weights themselves: between its forward and backward passes they may be needed.
     reshard = config.reshard_after_forward and config.schedule is PipelineSchedule.one_f_one_b
 

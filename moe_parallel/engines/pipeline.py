@@ -35,7 +35,7 @@ _TORCH_NAMES = {
 class Stage(nn.Module):
     """Consecutive layers of a rank's part of the model; the first stage embeds, the last one predicts.
 
-    Its modules are those of the model, under the same hooks: FSDP gathers what no layer owns around a pass of the stage.
+    Its modules are those of the model. What no layer owns, FSDP gathers around a pass of the stage.
     """
 
     def __init__(self, model: Transformer, plan: StagePlan, index: int) -> None:
@@ -162,9 +162,7 @@ class Pipeline:
             if index == self.plan.last:
                 after = (torch.zeros((), dtype=self._wide, device="meta", requires_grad=True),)
             device = batch.token_BS.device
-            stages.append(
-                _ScheduledStage(stage, index, len(self.plan.layers), device, before, after, group=self.group)
-            )
+            stages.append(_ScheduledStage(stage, index, len(self.plan.layers), device, before, after, group=self.group))
         kind = get_schedule_class(_TORCH_NAMES[self._schedule])
         several = issubclass(kind, PipelineScheduleMulti)
         # No factor: losses are sums over numbers of the whole step.
@@ -182,7 +180,7 @@ class Pipeline:
         """Empty tensors like those that a stage hands to the next one."""
         architecture = self.model.architecture
         rows, length = batch.token_BS.shape
-        shapes = [((rows, length, architecture.model.dim), self._dtype)]
+        shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((rows, length, architecture.model.dim), self._dtype)]
         if self.plan.hands_carry(stage, architecture):
             shapes.append(((rows * length, architecture.router.carry_width(architecture.moe.num_experts)), self._wide))
         return [torch.empty(s, dtype=t, device=device, requires_grad=requires_grad) for s, t in shapes]
@@ -193,7 +191,8 @@ class Pipeline:
         """Parameters that the first and the last stage have both, on this rank if it has one of them. Every rank of
         either keeps the same values, for it adds up the gradients of both."""
         on_end = self.part.first or self.part.last
-        return list(self.model.embedding.parameters()) if on_end and self.model.architecture.last_embeds else []
+        shared = self.model.embedding.parameters() if on_end and self.model.architecture.last_embeds else ()
+        return [parameter for parameter in shared if parameter.requires_grad]
 
     def counted(self) -> list[nn.Parameter]:
         """This rank's parameters, but for those that the first stage has as well."""
@@ -206,8 +205,10 @@ class Pipeline:
             assert parameter.grad is not None
             grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
             theirs = torch.empty_like(grad)
-            peers = {"group": self.group, "group_peer": other}
-            works = dist.batch_isend_irecv([dist.P2POp(dist.isend, grad, **peers), dist.P2POp(dist.irecv, theirs, **peers)])
+            both = ((dist.isend, grad), (dist.irecv, theirs))
+            works = dist.batch_isend_irecv(
+                [dist.P2POp(call, tensor, group=self.group, group_peer=other) for call, tensor in both]
+            )
             for work in works:
                 work.wait()
             grad += theirs

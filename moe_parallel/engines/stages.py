@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from moe_parallel.mesh import Compile, Layout, ParallelConfig, PipelineSchedule, Recompute
+from moe_parallel.mesh import Compile, ParallelConfig, PipelineSchedule, Recompute
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.transformer import Part
 
@@ -81,16 +81,27 @@ def even_split(num_layers: int, stages: int) -> list[int]:
     return [least + (stage in longer) for stage in range(stages)]
 
 
-def pipeline_problems(
-    config: ParallelConfig, layout: Layout, architecture: Architecture, device_type: str | None
-) -> list[str]:
-    """Why this engine has no such pipeline, with the remedy of each."""
-    if layout.pp > 1:
+def pipeline_problems(config: ParallelConfig, architecture: Architecture, device_type: str | None) -> list[str]:
+    """Why there is no such pipeline, with the remedy of each."""
+    if config.pp > 1:
         return [*_stages(config, architecture), *_schedule(config, architecture, device_type)]
     return [
         f"parallel.{name}={value} divides a pipeline, but parallel.pp=1 has none; leave it out"
         for name, value in (("stages_per_rank", config.stages_per_rank), ("stage_layers", config.stage_layers))
         if value not in (None, 1)
+    ]
+
+
+def schedule_problems(config: ParallelConfig, engine: str) -> list[str]:
+    """For engines that have schedules of their own, or none: what says how torch's go is not for them."""
+    return [
+        f"parallel.{name}={value} is of engine=native; leave it out with engine={engine}"
+        for name, value, default in (
+            ("schedule", config.schedule.value, PipelineSchedule.one_f_one_b.value),
+            ("stages_per_rank", config.stages_per_rank, None),
+            ("stage_layers", config.stage_layers, None),
+        )
+        if value != default
     ]
 
 
@@ -124,9 +135,13 @@ def _stages(config: ParallelConfig, architecture: Architecture) -> Iterator[str]
 
 
 def _schedule(config: ParallelConfig, architecture: Architecture, device_type: str | None) -> Iterator[str]:
-    named, chain = f"parallel.schedule={config.schedule.value}", architecture.moe.chain.iterations
+    named, model, chain = (
+        f"parallel.schedule={config.schedule.value}",
+        architecture.model,
+        architecture.moe.chain.iterations,
+    )
     if config.schedule.is_v and architecture.last_embeds:
-        why = "model.tie_embeddings=true" if architecture.model.tie_embeddings else "model.mtp_layers > 0"
+        why = "model.tie_embeddings=true" if model.tie_embeddings else "model.mtp_layers > 0"
         yield (
             f"{named} puts the first stage and the last one on the same rank; with {why} both need the embedding, "
             "which FSDP cannot gather for two stages of a rank; choose parallel.schedule=interleaved_zero_bubble"
@@ -148,11 +163,18 @@ def _schedule(config: ParallelConfig, architecture: Architecture, device_type: s
             f"{named} computes gradients of weights apart from those of inputs, which the compiled graphs of "
             f"parallel.compile={config.compile.value} cannot do; set it to none, or parallel.schedule=interleaved"
         )
-    if architecture.num_moe_layers and chain > 1:
-        yield (
-            f"{named} computes gradients of weights apart from those of inputs, and the weights that "
-            f"moe.chain.iterations={chain} uses again stand on the way of both; set parallel.schedule=interleaved"
-        )
+    again = {
+        f"moe.chain.iterations={chain}": architecture.num_moe_layers > 0 and chain > 1,
+        f"model.mtp_layers={model.mtp_layers}": model.mtp_layers > 1,
+        "model.tie_embeddings=true and model.mtp_layers=1": model.tie_embeddings and model.mtp_layers == 1,
+    }
+    for options, used in again.items():
+        if used:
+            yield (
+                f"{named} computes gradients of weights apart from those of inputs; with {options} a weight is used "
+                "again on the way to its own gradient, which torch's schedules cannot do; set "
+                "parallel.schedule=interleaved"
+            )
 
 
 def _torch_version() -> tuple[int, ...]:

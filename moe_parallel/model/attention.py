@@ -19,10 +19,7 @@ from moe_parallel.sequence_exchange import SequenceExchange
 
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
-    """What the attention of all layers has in common in one forward pass: made once, and not by each layer.
-
-    Not a tuple on purpose: FSDP casts tensors in tuples of arguments to the compute type, and positions need float32.
-    """
+    """What the attention of all layers has in common in one forward pass: made once, and not by each layer."""
 
     rotation: tuple[Tensor, Tensor]
     """Cosines and sines of the positions that queries and keys are projected at, float32 (B, S, rotated width / 2)."""

@@ -136,9 +136,14 @@ class RoutedExperts(nn.Module):
             added=added,
         )
 
+    @property
+    def local_shape(self) -> torch.Size:
+        """(experts, twice their width, D) of `gate_up` on this rank."""
+        return local_tensor(self.gate_up).shape
+
     def choice(self, device: torch.device, dtype: torch.dtype, num_rows: int) -> Choice:
         """What will compute that many rows on this rank."""
-        num_experts, double, dim = local_tensor(self.gate_up).shape
+        num_experts, double, dim = self.local_shape
         return choose(self.kernel, Problem(device, dtype, dim, double // 2, num_experts, num_rows), self.table)
 
     def extra_repr(self) -> str:

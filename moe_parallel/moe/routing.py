@@ -182,8 +182,7 @@ class ForwardContext:
     replay: Replay | None = None
     """Set around a recomputed block."""
     carry: Tensor | None = None
-    """Set around each block: see `LayerContext.carry`. In here, as FSDP casts tensors among arguments to the compute
-    type."""
+    """Set around each block: see `LayerContext.carry`."""
 
     def for_layer(self, layer: int, batch: TokenBatch) -> LayerContext:
         """What the router of one layer may see of this batch."""

@@ -6,11 +6,21 @@ traffic. A trace of the same layout replaces all of it (`trace_time.py`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from moe_parallel.mesh import Layout, Recompute
+from moe_parallel.engines.stages import stage_plan, stages_per_rank
+from moe_parallel.mesh import Layout, ParallelConfig, PipelineSchedule, Recompute
 from moe_parallel.model.architecture import Architecture
-from moe_parallel.model.counts import Bytes, MemoryEstimate, count_parameters, forward_flops_per_token, memory_per_rank
+from moe_parallel.model.counts import (
+    Bytes,
+    MemoryEstimate,
+    ParameterCounts,
+    count_parameters,
+    forward_flops_per_token,
+    memory_per_rank,
+)
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
 from moe_parallel.options import Config
 from moe_parallel.planner.cluster import ClusterConfig
@@ -22,7 +32,7 @@ MASTER_BYTES = 4
 
 @dataclass(frozen=True)
 class Stage:
-    """The layers of one pipeline stage, as a model of their own."""
+    """What one rank of a pipeline has of the model, as a model of its own; the whole one without a pipeline."""
 
     architecture: Architecture
     embedding: bool
@@ -31,23 +41,32 @@ class Stage:
     """Micro-batches whose activations it holds at once."""
 
 
-def stages_of(architecture: Architecture, layers: list[int], micro_batches: int) -> list[Stage]:
-    """Cut a model by the numbers of layers of its stages; 1F1B holds fewer micro-batches the later a stage is."""
-    model, start, found = architecture.model, 0, []
-    for index, count in enumerate(layers):
-        dense, last = max(0, min(model.first_dense_layers - start, count)), index == len(layers) - 1
+def stages_of(config: Config, architecture: Architecture, micro_batches: int) -> list[Stage]:
+    """What each rank of the pipeline has."""
+    model, parallel, found = architecture.model, config.parallel, []
+    plan = stage_plan(parallel, model.num_layers)
+    for rank in range(parallel.pp):
+        part = plan.part_of(rank)
+        dense = sum(layer < model.first_dense_layers for layer in part.layers)
         own = replace(
-            model, num_layers=count, first_dense_layers=dense, mtp_layers=model.mtp_layers if last else 0
+            model,
+            num_layers=len(part.layers),
+            first_dense_layers=dense,
+            mtp_layers=model.mtp_layers if part.last else 0,
         )
-        in_flight = min(micro_batches, len(layers) - index)
-        found.append(Stage(replace(architecture, model=own), index == 0, last, in_flight))
-        start += count
+        held = min(micro_batches, in_flight(parallel, rank))
+        found.append(Stage(replace(architecture, model=own), part.first, part.last, held))
     return found
 
 
-def even_layers(num_layers: int, stages: int) -> list[int]:
-    """Layers of each stage, the first ones with one more where they do not divide."""
-    return [num_layers // stages + (index < num_layers % stages) for index in range(stages)]
+def in_flight(parallel: ParallelConfig, rank: int) -> int:
+    """Micro-batches that a rank of the pipeline holds before its first backward pass, in whole ones of its layers."""
+    pp, each = parallel.pp, stages_per_rank(parallel)
+    if parallel.schedule.is_v:  # twice as many passes of half of the layers, on all ranks
+        return pp + (parallel.schedule is PipelineSchedule.dual_pipe_v)
+    if each == 1:
+        return pp - rank
+    return math.ceil((2 * (pp - rank - 1) + (each - 1) * pp + 1) / each)
 
 
 def micro_batch_tokens(config: Config, layout: Layout) -> int:
@@ -86,7 +105,10 @@ def estimated_time(
     """Time of one stage."""
     work = _Work(config, layout, stage, cluster, compute_bytes, imbalance)
     again = config.parallel.recompute is Recompute.full
-    forward, replay = work.compute(), work.compute() if again else {}
+    forward = work.compute()
+    replay = forward if again else {}
+    if config.parallel.recompute is Recompute.selective:
+        replay = {"experts": forward["experts"] * 2 / 3}  # all but the down-projection
     backward = {name: 2 * seconds + replay.get(name, 0.0) for name, seconds in forward.items()}
     rows, sequences = work.rows_seconds(), work.sequence_seconds()
     gather, reduce, replicas = work.weights_seconds()
@@ -130,7 +152,11 @@ class _Work:
     compute_bytes: int
     imbalance: float
 
-    @property
+    @cached_property
+    def counts(self) -> ParameterCounts:
+        return count_parameters(self.stage.architecture)
+
+    @cached_property
     def tokens(self) -> int:
         return micro_batch_tokens(self.config, self.layout)
 
@@ -144,7 +170,7 @@ class _Work:
     def compute(self) -> dict[str, float]:
         """Seconds of a forward pass."""
         shape, cluster, tokens = self.stage.architecture, self.cluster, self.tokens
-        model, counts = shape.model, count_parameters(shape)
+        model, counts = shape.model, self.counts
         sequence = self.config.train.sequence_tokens
         total = forward_flops_per_token(shape, sequence) * tokens
         attention = total - forward_flops_per_token(shape, 0) * tokens  # without what one token costs itself
@@ -225,7 +251,7 @@ class _Work:
 
     def _whole_weights(self) -> tuple[int, int]:
         """Weights that this rank works with: dense ones, and routed experts of its place in `ep`."""
-        stage, counts = self.stage, count_parameters(self.stage.architecture)
+        stage, counts = self.stage, self.counts
         dense = counts.total - counts.routed - (0 if stage.embedding else counts.embedding) - (0 if stage.head else counts.head)
         return dense, counts.routed // self.layout.ep
 

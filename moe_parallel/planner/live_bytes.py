@@ -66,6 +66,8 @@ class LiveBytes:
 
     def __init__(self) -> None:
         self.now = self.time = 0
+        self.in_fsdp = False
+        """FSDP gathers weights or reduces gradients."""
         self.phases: list[tuple[str, int]] = []
         self._start = 0
         self._pieces: list[Piece] = []
@@ -109,6 +111,9 @@ class LiveBytes:
                 for name in ("free_storage", "alloc_storage"):
                     if hasattr(module, name):
                         stack.enter_context(replaced(module, name, self._resizing(getattr(module, name))))
+            for name in ("foreach_all_gather", "foreach_reduce"):
+                entering = self._entering(getattr(_fsdp_param_group, name))
+                stack.enter_context(replaced(_fsdp_param_group, name, entering))
             yield
 
     def _resizing(self, resize: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
@@ -118,6 +123,16 @@ class LiveBytes:
             self.tag(tensor, Kind.gathered)
             storage = tensor.untyped_storage()
             self._set(self._of[storage], storage.nbytes())
+
+        return call
+
+    def _entering(self, communicate: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.in_fsdp = True
+            try:
+                return communicate(*args, **kwargs)
+            finally:
+                self.in_fsdp = False
 
         return call
 

@@ -8,6 +8,7 @@ process group.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,13 +17,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.pipelining._utils import InferenceMode
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_data.batch import TokenBatch
 from moe_kernels import moe_mlp
 from moe_kernels.choice import PLAIN, Choice, ExpertKernel, Problem
 from moe_parallel.engines.native import NativeEngine
+from moe_parallel.engines.pipeline import _ScheduledStage
+from moe_parallel.engines.stages import legal_micro_batches, stage_plan
 from moe_parallel.mesh import Compile, Layout, ParallelMesh
 from moe_parallel.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_parallel.options import Config, architecture
@@ -34,7 +40,7 @@ from moe_parallel.relations import check
 
 DEEP = 32
 """Ranks with more layers take one micro-batch, to save time: the last, which finds the gradients of earlier ones. Others
-take two at most: the first, and the last."""
+take two at most: the first, and the last. A pipeline takes as many as fill it."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,11 @@ class WatchedEngine(NativeEngine):
         for parameter in self.model.parameters():
             self.watch.live.tag(parameter, Kind.weights)
 
+    def _mine(self, batch: TokenBatch) -> TokenBatch:
+        with _disable_current_modes():  # a part counts its targets, which needs values
+            batch = super()._mine(batch)
+        return _copied(batch)
+
     def make_optimizer_state(self) -> None:
         """As a first step would; leaves gradients of zeros behind."""
         with self.mode:
@@ -105,10 +116,10 @@ class WatchedEngine(NativeEngine):
             self.watch.phase(f"forward {began}")
             began += 1
 
-        handles = [
-            self.model.register_forward_pre_hook(forward, prepend=True),
-            self.model.register_forward_hook(lambda *_: self.watch.phase(f"backward {began - 1}")),
-        ]
+        passed: list[nn.Module] = [self.model] if self.pipeline is None else list(self.pipeline.stages.values())
+        handles = [module.register_forward_pre_hook(forward, prepend=True) for module in passed]
+        for module in passed:
+            handles.append(module.register_forward_hook(lambda *_: self.watch.phase(f"backward {began - 1}")))
         with self.mode, self.watch.on():
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
@@ -134,13 +145,12 @@ class WatchedEngine(NativeEngine):
         return Weight(name, tuple(parameter.shape), tuple(local(parameter).shape), gradient, moments)
 
 
-def group_purposes(mesh: ParallelMesh) -> Mapping[str, str]:
-    """What each process group of the engine is for. Groups of one rank tell nobody anything."""
-    named = {mesh.ep.get_group().group_name: "experts", mesh.pp_group.group_name: "stages"}
-    named |= {mesh.cp_group.group_name: "cp", mesh.tp_group.group_name: "tp"}
-    for view in (mesh.whole, mesh.split, mesh.expert):
-        named |= {view.get_group(axis).group_name: "weights" for axis in range(view.ndim)}
-    return named
+def group_purposes(mesh: ParallelMesh) -> Mapping[tuple[str, str], str]:
+    """What each collective among a group of the mesh is for; of groups of the same ranks torch may make one."""
+    tp, cp, stages = mesh.tp_group.group_name, mesh.cp_group.group_name, mesh.pp_group.group_name
+    named = {(op, tp): "tp" for op in ("all_gather", "reduce_scatter")}
+    named[("all_to_all", cp)] = "cp"
+    return named | {("all_to_all", mesh.ep.get_group().group_name): "experts", ("send", stages): "stages"}
 
 
 def plan_rank(config: Config, cluster: ClusterConfig, rank: int, *, imbalance: float = 1.0, run: bool = True) -> RankTrace:
@@ -160,21 +170,36 @@ def plan_rank(config: Config, cluster: ClusterConfig, rank: int, *, imbalance: f
         watch = Watch(cluster)
         engine = build(WithoutMemory(watch), config, layout, cluster)
         sequences, length = balanced_sequences(config, layout), config.train.sequence_tokens
-        taken = min(micro_batches, 1 if len(engine.model.blocks) > DEEP else 2)
+        taken = micro_batches_to_run(config, layout, len(engine.model.blocks))
         gradients: dict[str, tuple[int, ...]] = {}
         if run:
             engine.make_optimizer_state()
-            if taken == micro_batches:
+            if taken == micro_batches or layout.pp > 1:
                 engine.zero_grad()
             with stand_ins(cluster.device, imbalance):
-                with engine.mode:
-                    batches = [even_batch(sequences, length) for _ in range(taken)]
+                batches = [even_batch(sequences, length) for _ in range(taken)]
                 gradients = engine.watched_step(batches, step=1)
         weights = [engine.weight(name, gradients.get(name)) for name, _ in engine.model.named_parameters()]
         timeline = watch.live.timeline() if run else Timeline([], {}, [], 0, {}, 0)
         return RankTrace(layout, rank, sequences, micro_batches, taken, weights, timeline, watch.phases)
     finally:
         dist.destroy_process_group()
+
+
+def micro_batches_to_run(config: Config, layout: Layout, layers: int) -> int:
+    """Enough to see what a step holds and does."""
+    micro_batches, _ = config.train.micro_batches(layout.batch_ranks)
+    if layout.pp == 1:
+        return min(micro_batches, 1 if layers > DEEP else 2)
+    fills = 2 * layout.pp if config.parallel.schedule.is_v else layout.pp
+    legal = (n for n in range(min(fills, micro_batches), micro_batches) if legal_micro_batches(config.parallel, n))
+    return next(legal, micro_batches)
+
+
+def layers_to_run(config: Config, layout: Layout, rank: int) -> int:
+    """Layers times micro-batches: what a run of one rank costs."""
+    part = stage_plan(config.parallel, config.model.num_layers).part_of(rank // layout.stage_ranks)
+    return len(part.layers) * micro_batches_to_run(config, layout, len(part.layers))
 
 
 def plannable(config: Config) -> Config:
@@ -226,6 +251,12 @@ def even_batch(rows: int, length: int) -> TokenBatch:
     )
 
 
+def _copied(batch: TokenBatch) -> TokenBatch:
+    """A batch of the host, as it arrives on a device."""
+    moved = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(batch, **moved, whole=None if batch.whole is None else _copied(batch.whole))
+
+
 # -- where a GPU would run another operation than the CPU that plans for it ----------------------------------------
 
 
@@ -236,6 +267,7 @@ def stand_ins(device: Device, imbalance: float) -> Iterator[None]:
         if device is Device.cuda:
             stack.enter_context(replaced(moe_mlp, "choose", _grouped_mm))
             stack.enter_context(replaced(F, "rms_norm", lambda x, shape, weight, eps: _Norm.apply(x, weight)))
+        _make_schedules_plannable(stack)
         if imbalance != 1:
             even = AllToAllDispatcher._sizes
 
@@ -265,3 +297,22 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight, _ = ctx.saved_tensors
         return torch.addcmul(grad, x, x), weight.new_zeros(weight.shape)
+
+
+def _make_schedules_plannable(stack: ExitStack) -> None:
+    """Without the two values that torch's schedules ask tensors for: a vote on shapes, which are known here, and the
+    number of a micro-batch, which a stage can count."""
+
+    def all_static(self: Any, stages: list[Any], *_: Any) -> None:
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    forward, passed = _ScheduledStage.forward_maybe_with_nosync, Counter[int]()
+
+    def counted(self: Any, *received: Tensor, index: Tensor) -> Any:
+        passed[id(self)] += 1
+        return forward(self, *received, index=passed[id(self)] - 1)  # type: ignore[arg-type]
+
+    stack.enter_context(replaced(_ScheduledStage, "forward_maybe_with_nosync", counted))
+    for schedule in (PipelineScheduleSingle, PipelineScheduleMulti):
+        stack.enter_context(replaced(schedule, "_warmup_p2p", all_static))

@@ -6,24 +6,29 @@ Formulas sort all of them; the engine itself, rank by rank of those stages that 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass as plain_dataclass
+from functools import cached_property
+from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from moe_parallel.mesh import Layout, Recompute, make_layout
+from moe_parallel.engines.stages import stages_per_rank
+from moe_parallel.mesh import Layout, PipelineSchedule, Recompute, make_layout
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.counts import MemoryEstimate
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
 from moe_parallel.options import Config, ConfigError, architecture
 from moe_parallel.planner.cluster import ClusterConfig, Device
-from moe_parallel.planner.formulas import estimated_time, even_layers, hiding, stage_memory, stages_of
-from moe_parallel.planner.rank import RankTrace, plan_rank
+from moe_parallel.planner.formulas import estimated_time, hiding, stage_memory, stages_of
+from moe_parallel.planner.rank import RankTrace, layers_to_run, plan_rank
 from moe_parallel.planner.step_time import StepTime, bubble_micro_batches, step_time
 from moe_parallel.planner.trace_time import traced_time
 from moe_parallel.relations import check
+from moe_parallel.train_options import TrainConfig
 
 VOCABULARY = 257
 """Of a model whose vocabulary is its tokenizer's: that of bytes."""
@@ -36,8 +41,12 @@ class PlanConfig:
     experts/max_over_mean, with more less than that. Scales compute, memory and exchange of the experts."""
     stage_imbalance: float = 1.0
     """What the slowest pipeline stage takes over what its layers take."""
-    simulate: int = 2
+    keep: int = 60
+    """Combinations of degrees, the fastest with least memory, that all recomputations and micro-batches are tried with."""
+    simulate: int = 3
     """Layouts, the fastest by formulas, that are run on fake tensors; 0 trusts the formulas."""
+    simulate_layers: int = 150
+    """Layers times micro-batches that are run in all, which is what takes the time; the first layout is always run."""
     show: int = 10
     """Layouts to list."""
     search: bool = True
@@ -53,7 +62,7 @@ class PlanConfig:
         for name in ("expert_imbalance", "stage_imbalance"):
             if getattr(self, name) < 1:
                 raise ValueError(f"plan.{name}={getattr(self, name)} must be at least 1, which is perfect balance")
-        for name in ("show", "sequence_tokens", "sequences_per_rank", "max_micro_batch_sequences"):
+        for name in ("keep", "show", "sequence_tokens", "sequences_per_rank", "max_micro_batch_sequences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"plan.{name}={getattr(self, name)} must be at least 1")
         if self.simulate < 0:
@@ -99,11 +108,11 @@ class Question:
                 "loads out or count a token once a node; set plan.expert_imbalance=1 or dispatch=all_to_all"
             )
 
-    @property
+    @cached_property
     def shape(self) -> Architecture:
         return architecture(self.config, None if self.config.model.vocab_size else VOCABULARY)
 
-    @property
+    @cached_property
     def compute_bytes(self) -> int:
         return self.config.train.compute_type(self.cluster.device.value).itemsize
 
@@ -113,73 +122,100 @@ class Answer:
     """What was found."""
 
     legal: int
+    """Combinations of degrees."""
+    tried: int
+    """Layouts of the best of them: with their schedules, recomputations and micro-batches."""
     fitting: int
-    """By formulas."""
+    """Of these, by formulas."""
     best: list[Planned]
     """The fastest first: those that were run, then others by formulas."""
     least: Planned | None
     """The one that needs least memory, if none fits."""
 
 
-def degrees(ranks: int, question: Question) -> Iterator[dict[str, int]]:
-    """Every combination of degrees that `make_layout` accepts, of those that the search considers.
+SCHEDULES = (PipelineSchedule.one_f_one_b, PipelineSchedule.interleaved, PipelineSchedule.zero_bubble_v)
+"""Those that the search considers."""
 
-    tp stays within a node and cp is at most 8. `shard` is all ranks that have the same weights, those of a node, as many
-    as `ep`, or 1.
+
+def degrees(question: Question) -> Iterator[tuple[Config, Layout]]:
+    """Every legal combination of degrees of those that the search considers.
+
+    tp stays within a node, cp is at most 8 and pp at most 32. `shard` is all ranks that have the same weights, those of a
+    node, as many as `ep`, or 1.
     """
-    config, cluster = question.config, question.cluster
-    near = [d for d in _divisors(cluster.ranks_per_node)]
-    experts = [d for d in _divisors(config.moe.num_experts) if ranks % d == 0]
-    names = {"pp": [1], "tp": near, "cp": [d for d in (1, 2, 4, 8) if ranks % d == 0], "ep": experts}
-    for name in question.fixed & {f"parallel.{n}" for n in names}:
-        names[name.removeprefix("parallel.")] = [getattr(config.parallel, name.removeprefix("parallel."))]
-    for pp in names["pp"]:
-        for tp in names["tp"]:
-            for cp in names["cp"]:
-                for ep in names["ep"]:
-                    weights = ranks // (pp * tp) if ranks % (pp * tp) == 0 else 1
-                    shards = {weights, min(weights, max(1, cluster.ranks_per_node // tp)), min(weights, ep), 1}
-                    if "parallel.shard" in question.fixed:
-                        shards = {config.parallel.shard or weights}
-                    for shard in sorted(shards):
-                        found = {"pp": pp, "tp": tp, "cp": cp, "ep": ep, "shard": shard}
-                        if _is_layout(question, ranks, found):
-                            yield found
+    config, cluster, ranks = question.config, question.cluster, question.cluster.ranks
+    names = {
+        "pp": [d for d in _divisors(ranks) if d <= min(32, config.model.num_layers)],
+        "tp": _divisors(cluster.ranks_per_node),
+        "cp": [d for d in (1, 2, 4, 8) if ranks % d == 0],
+        "ep": [d for d in _divisors(config.moe.num_experts) if ranks % d == 0],
+    }
+    for name in names:
+        if f"parallel.{name}" in question.fixed:
+            names[name] = [getattr(config.parallel, name)]
+    for pp, tp, cp, ep in itertools.product(*names.values()):
+        weights = max(1, ranks // (pp * tp))
+        shards = {weights, min(weights, max(1, cluster.ranks_per_node // tp)), min(weights, ep), 1}
+        if "parallel.shard" in question.fixed:
+            shards = {config.parallel.shard or weights}
+        for shard in sorted(shards):
+            own = dataclasses.replace(config.parallel, ranks=ranks, pp=pp, tp=tp, cp=cp, ep=ep, shard=shard)
+            try:
+                layout = make_layout(own, ranks, config.moe.num_experts)
+            except ValueError:
+                continue
+            yield dataclasses.replace(config, parallel=own), layout
 
 
-def _is_layout(question: Question, ranks: int, found: dict[str, int]) -> bool:
-    parallel = dataclasses.replace(question.config.parallel, ranks=ranks, **found)
+def legal_layouts(question: Question) -> Iterator[tuple[Config, Layout]]:
+    """Degrees that a run would accept, with what takes least memory: full recomputation, micro-batches of a sequence.
+
+    What the command line fixed stays.
+    """
+    fixed = question.fixed
+    for config, layout in degrees(question):
+        if "parallel.recompute" not in fixed:
+            config = _with(config, recompute=Recompute.full)
+        if "parallel.reshard_after_forward" not in fixed:
+            config = _with(config, reshard_after_forward=True)
+        if "train.micro_batch_sequences" not in fixed:
+            config = dataclasses.replace(config, train=_sized(config, 1))
+        if _is_legal(config):
+            yield config, layout
+
+
+def variants(question: Question, config: Config, layout: Layout) -> Iterator[tuple[Config, Layout]]:
+    """The same degrees with every legal schedule, recomputation and size of micro-batches that the search considers."""
+    fixed, several = question.fixed, layout.pp > 1
+    sequences = config.train.global_batch_sequences // layout.batch_ranks
+    sizes: list[int | None] = [d for d in _divisors(sequences) if d <= question.plan.max_micro_batch_sequences]
+    if "train.micro_batch_sequences" in fixed:
+        sizes = [config.train.micro_batch_sequences]
+    parallel = config.parallel
+    schedules = SCHEDULES if several and "parallel.schedule" not in fixed else (parallel.schedule,)
+    ways = [parallel.recompute] if "parallel.recompute" in fixed else list(Recompute)
+    keep = [parallel.reshard_after_forward] if "parallel.reshard_after_forward" in fixed else [True, False]
+    for schedule, how, size in itertools.product(schedules, ways, sizes):
+        own = _with(dataclasses.replace(config, train=_sized(config, size)), schedule=schedule, recompute=how)
+        if _is_legal(own):
+            for reshard in keep:
+                yield _with(own, reshard_after_forward=reshard), layout
+
+
+def _with(config: Config, **parallel: Any) -> Config:
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **parallel))
+
+
+def _is_legal(config: Config) -> bool:
+    assert config.parallel.ranks is not None
     try:
-        make_layout(parallel, ranks, question.config.moe.num_experts)
-    except ValueError:
+        check(config, config.parallel.ranks)
+    except ConfigError:
         return False
     return True
 
 
-def legal_layouts(question: Question) -> Iterator[tuple[Config, Layout]]:
-    """Degrees, recomputation and micro-batches that a run would accept."""
-    ranks, config, fixed = question.cluster.ranks, question.config, question.fixed
-    for found in degrees(ranks, question):
-        parallel = dataclasses.replace(config.parallel, ranks=ranks, **found)
-        first = dataclasses.replace(config, parallel=parallel, train=_with_size(config, 1))
-        try:
-            layout = check(first, ranks)
-        except ConfigError:
-            continue
-        sequences = config.train.global_batch_sequences // layout.batch_ranks
-        sizes = [d for d in _divisors(sequences) if d <= question.plan.max_micro_batch_sequences]
-        if "train.micro_batch_sequences" in fixed:
-            sizes = [s for s in (config.train.micro_batch_sequences or sequences,) if sequences % s == 0]
-        ways = [parallel.recompute] if "parallel.recompute" in fixed else list(Recompute)
-        keep = {parallel.reshard_after_forward} if "parallel.reshard_after_forward" in fixed else {True, False}
-        for size in sizes:
-            for how in ways:
-                for reshard in sorted(keep, reverse=True):
-                    own = dataclasses.replace(parallel, recompute=how, reshard_after_forward=reshard)
-                    yield dataclasses.replace(config, parallel=own, train=_with_size(config, size)), layout
-
-
-def _with_size(config: Config, sequences: int | None) -> object:
+def _sized(config: Config, sequences: int | None) -> TrainConfig:
     return dataclasses.replace(config.train, micro_batch_sequences=sequences)
 
 
@@ -190,34 +226,56 @@ def _divisors(number: int) -> list[int]:
 def estimate(question: Question, config: Config, layout: Layout) -> Planned:
     """Memory and time by formulas."""
     micro_batches, _ = config.train.micro_batches(layout.batch_ranks)
-    stages = stages_of(question.shape, even_layers(config.model.num_layers, layout.pp), micro_batches)
+    stages = [stages_of(config, question.shape, micro_batches)[rank] for rank in _different(layout.pp)]
     imbalance, size = question.plan.expert_imbalance, question.compute_bytes
     memory = max((stage_memory(config, layout, s, size, imbalance) for s in stages), key=lambda m: m.total)
     times = [estimated_time(config, layout, s, question.cluster, size, imbalance) for s in stages]
-    time = step_time(times, micro_batches, _bubble(config, layout), question.plan.stage_imbalance)
+    time = step_time(times, micro_batches, _bubble(config), question.plan.stage_imbalance)
     return Planned(config, layout, memory, time)
 
 
-def _bubble(config: Config, layout: Layout) -> float:
-    return bubble_micro_batches("1f1b", layout.pp, 1)
+def _bubble(config: Config) -> float:
+    parallel = config.parallel
+    return bubble_micro_batches(parallel.schedule, parallel.pp, stages_per_rank(parallel))
 
 
 def search(question: Question) -> Answer:
     """Rank what is legal and fits, and confirm the best by running them."""
-    if question.plan.search:
-        layouts = list(legal_layouts(question))
-    else:
-        ranks = question.cluster.ranks
-        config = dataclasses.replace(question.config, parallel=dataclasses.replace(question.config.parallel, ranks=ranks))
-        layouts = [(config, check(config, ranks))]
-    found = sorted((estimate(question, *layout) for layout in layouts), key=lambda planned: planned.time.seconds)
     usable = question.cluster.usable_bytes
+
+    def estimated(layouts: Iterator[tuple[Config, Layout]]) -> list[Planned]:
+        return sorted((estimate(question, *layout) for layout in layouts), key=_order)
+
+    if question.plan.search:
+        first = estimated(legal_layouts(question))
+        kept = [planned for planned in first if planned.memory.total <= usable][: question.plan.keep]
+        found = estimated(v for planned in kept for v in variants(question, planned.config, planned.layout))
+    else:
+        config = _with(question.config, ranks=question.cluster.ranks)
+        found = first = estimated(iter([(config, check(config, question.cluster.ranks))]))
     fitting = [planned for planned in found if planned.memory.total <= usable]
-    run = confirm(question, fitting[: question.plan.simulate] or found[:1] * (not question.plan.search))
+    run = confirm(question, _affordable(question, fitting) or found * (not question.plan.search))
     confirmed = sorted((p for p in run if p.peak_bytes <= usable), key=lambda planned: planned.time.seconds)
-    others = fitting[len(run) :] if fitting else []
-    least = min(found, key=lambda planned: planned.peak_bytes, default=None)
-    return Answer(len(found), len(fitting), confirmed + others, least)
+    others = fitting[len(run) :]
+    least = min([*run, *first], key=lambda planned: planned.peak_bytes, default=None)
+    return Answer(len(first), len(found), len(fitting), confirmed + others, least)
+
+
+def _affordable(question: Question, candidates: Sequence[Planned]) -> list[Planned]:
+    """The first candidates, as many as `simulate` and `simulate_layers` allow; one at least."""
+    chosen: list[Planned] = []
+    layers = 0
+    for planned in candidates[: question.plan.simulate]:
+        layers += sum(layers_to_run(planned.config, planned.layout, rank) for rank in ranks_to_run(planned.layout))
+        if chosen and layers > question.plan.simulate_layers:
+            break
+        chosen.append(planned)
+    return chosen
+
+
+def _order(planned: Planned) -> tuple[float, int]:
+    """The fastest; of those that formulas cannot tell apart, the smallest."""
+    return float(f"{planned.time.seconds:.3g}"), planned.memory.total
 
 
 def confirm(question: Question, candidates: Sequence[Planned]) -> list[Planned]:
@@ -230,13 +288,13 @@ def confirm(question: Question, candidates: Sequence[Planned]) -> list[Planned]:
     for planned in candidates:
         own = tuple(trace for (other, _), trace in zip(jobs, traces) if other is planned)
         micro_batches, _ = planned.config.train.micro_batches(planned.layout.batch_ranks)
-        stages = stages_of(question.shape, even_layers(planned.config.model.num_layers, planned.layout.pp), micro_batches)
+        stages = stages_of(planned.config, question.shape, micro_batches)
         times = []
         for trace in own:
             shape = stages[trace.rank // planned.layout.stage_ranks].architecture
             hides = hiding(planned.config, planned.layout, shape, question.cluster, question.compute_bytes)
             times.append(traced_time(trace, hides))
-        bubble = _bubble(planned.config, planned.layout)
+        bubble = _bubble(planned.config)
         time = step_time(times, micro_batches, bubble, question.plan.stage_imbalance)
         found.append(dataclasses.replace(planned, time=time, traces=own))
     return found
@@ -244,8 +302,11 @@ def confirm(question: Question, candidates: Sequence[Planned]) -> list[Planned]:
 
 def ranks_to_run(layout: Layout) -> list[int]:
     """The first rank of the first, a middle and the last stage."""
-    stages = sorted({0, layout.pp // 2, layout.pp - 1})
-    return [stage * layout.stage_ranks for stage in stages]
+    return [rank * layout.stage_ranks for rank in _different(layout.pp)]
+
+
+def _different(pp: int) -> list[int]:
+    return sorted({0, pp // 2, pp - 1})
 
 
 def run_all(jobs: Collection[tuple[Config, ClusterConfig, int, float]]) -> list[RankTrace]:

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moe_parallel.mesh import PipelineSchedule
+
 PARTS = {
     "matmul": "dense matrix products",
     "attention": "attention",
@@ -127,7 +129,7 @@ def step_time(stages: Sequence[StageTime], micro_batches: int, bubble: float, im
     return StepTime(parts)
 
 
-def bubble_micro_batches(schedule: str, pp: int, stages_per_rank: int) -> float:
+def bubble_micro_batches(schedule: PipelineSchedule, pp: int, stages_per_rank: int) -> float:
     """Micro-batches that a rank waits in a step, as Table 2 of arXiv 2412.19437 and arXiv 2401.10241 count them.
 
     A backward pass is taken as twice a forward pass (F = 1/3 of a micro-batch), its part for the weights as a third.
@@ -136,10 +138,10 @@ def bubble_micro_batches(schedule: str, pp: int, stages_per_rank: int) -> float:
         return 0.0
     third = 1 / 3
     waiting = {
-        "1f1b": (pp - 1) * 1.0,
-        "interleaved": (pp - 1) / stages_per_rank,
-        "interleaved_zero_bubble": (pp - 1) / stages_per_rank * third,
-        "zero_bubble_v": (pp - 1) / stages_per_rank * third,
-        "dual_pipe_v": (pp / 2 - 1) * third * 2,
+        PipelineSchedule.one_f_one_b: (pp - 1) * 1.0,
+        PipelineSchedule.interleaved: (pp - 1) / stages_per_rank,
+        PipelineSchedule.interleaved_zero_bubble: (pp - 1) / stages_per_rank * third,
+        PipelineSchedule.zero_bubble_v: (pp - 1) / stages_per_rank * third,
+        PipelineSchedule.dual_pipe_v: (pp - 1) * third,
     }
     return waiting[schedule]

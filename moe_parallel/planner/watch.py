@@ -6,7 +6,7 @@ any size runs anywhere; it looks on in the same way.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,9 +57,12 @@ class Amount:
     calls: int = 0
     bytes: int = 0
     seconds: float = 0.0
+    sizes: Counter[int] = field(default_factory=Counter)
+    """Calls by their bytes."""
 
     def add(self, num_bytes: int, seconds: float) -> None:
         self.calls, self.bytes, self.seconds = self.calls + 1, self.bytes + num_bytes, self.seconds + seconds
+        self.sizes[num_bytes] += 1
 
 
 @dataclass
@@ -92,8 +95,8 @@ class Watch:
         self.cluster = cluster
         self.live = LiveBytes()
         self.phases: list[Phase] = []
-        self.purposes: Mapping[str, str] = {}
-        """Purpose of a process group, by its name."""
+        self.purposes: Mapping[tuple[str, str], str] = {}
+        """Of a collective among a process group, by their names. What FSDP does is known without."""
         self._on = False
 
     @contextmanager
@@ -123,7 +126,7 @@ class Watch:
         op, place, group_place = COLLECTIVES[func]
         group = dist.ProcessGroup.unbox(args[group_place])
         ranks = tuple(dist.get_process_group_ranks(group))
-        purpose = self.purposes.get(group.group_name, "sums")
+        purpose = "weights" if self.live.in_fsdp else self.purposes.get((op, group.group_name), "sums")
         for tensor in tensors_in(args[:group_place]):
             self.live.mark_exchanged(tensor)
             if purpose == "weights":

@@ -59,7 +59,7 @@ WORLD_TWO = [
     row("zero 3, whole parameters, ep 2", 2, THREE_WHOLE, ep=2, balance=ALL_LOSSES),
     row("zero 3, ep 1, exact, latent attention, tied", 2, CUT, latent_attention=True, tied=True, balance=EXACT),
     row("zero 3, ep 2, bias", 2, CUT, ep=2, router=SIGMOID, balance=BIAS),
-    row("zero 3, ep 2, scaled chain of 3, full recompute", 2, CUT, ep=2, moe=SCALED_CHAIN, recompute="full", balance=GLOBAL),
+    row("zero 3, ep 2, scaled chain, full recompute", 2, CUT, ep=2, moe=SCALED_CHAIN, recompute="full", balance=GLOBAL),
     row("zero 3, ep 2, expert choice", 2, CUT, ep=2, kind="expert_choice", router=WHOLE, rows=2),
     row("zero 3, ep 2, least loaded, starved rank", 2, CUT, ep=2, dispatch=SPILL, starved_rank=True, balance=BIAS),
     row("zero 3, all on the host", 2, {**CUT, **CPU, "offload_parameters": "cpu"}, ep=2, moe=GATED, balance=GLOBAL),
@@ -73,7 +73,7 @@ WORLD_FOUR = [
     row("zero 2, ep 2, threshold", 4, TWO, ep=2, kind="expert_choice", router=THRESHOLD, rows=2),
     row("zero 3, ep 4, chain of 2", 4, CUT, ep=4, moe=CHAIN, balance={**ALL_LOSSES, "bias_rate": 0.05}),
     row("zero 3, ep 2", 4, CUT, ep=2, balance=ALL_LOSSES),
-    row("zero 3, ep 1, idle rank", 4, {"stage": 3, "keep_elements": 64}, idle_rank=True, balance=BIAS),
+    row("zero 3, ep 1, idle rank", 4, {"stage": 3, "keep_elements": 64}, idle_rank=True, router=SIGMOID, balance=BIAS),
 ]  # fmt: skip
 
 

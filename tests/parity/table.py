@@ -93,6 +93,8 @@ WHOLE = {"pool": "global_batch", "allow_leak": True}
 EVERYWHERE = {"pool": "data_parallel", "pool_sequences": 4, "allow_leak": True}
 THRESHOLD = {"training": "threshold", "pool": "data_parallel", "pool_sequences": 4, "score": Score.sigmoid}
 DEVICES = {"sequence_coefficient": 0.1, "device_coefficient": 0.2, "communication_coefficient": 0.3, "num_devices": 2}
+ONE_ROUTER = {"chain": ChainConfig(iterations=2, own_routers=False)}
+RESIDUAL = {"logit_residual": True}
 
 ROUTERS_ONE = [
     Case("one rank, chain of 3, full recompute", 1, moe=THREE, recompute="full", micro_batches=2, balance=ALL_LOSSES),
@@ -106,6 +108,8 @@ ROUTERS_ONE = [
     Case("one rank, gshard", 1, router={"normalize": True, "random_second": True}, balance=GLOBAL),
     Case("one rank, bi-level, a router per node", 1, kind="bi_level", router={"local_router_per_node": True}, balance=ALL_LOSSES),
     Case("one rank, losses over devices", 1, balance=DEVICES, micro_batches=2),
+    Case("one rank, multi-token prediction", 1, mtp_layers=2, rows=2, balance=ALL_LOSSES, micro_batches=2),
+    Case("one rank, residual logits, chain of 2, full recompute", 1, router=RESIDUAL, moe=CHAIN, mtp_layers=1, rows=2, recompute="full", balance=EXACT, micro_batches=2),
 ]  # fmt: skip
 
 ROUTERS_TWO = [
@@ -133,12 +137,20 @@ ROUTERS_TWO = [
     Case("gshard", 2, ep=2, router={"normalize": True, "random_second": True}, balance=GLOBAL, recompute="full"),
     Case("losses over devices and communication", 2, ep=2, router=GROUPS_MAX, num_experts=8, balance=DEVICES, micro_batches=2),
     Case("losses over devices of all ranks", 2, ep=2, balance={**DEVICES, "device_scope": "data_parallel"}),
+    Case("multi-token prediction, ep 2", 2, ep=2, mtp_layers=2, micro_batches=2, balance={**ALL_LOSSES, "bias_rate": 0.05}),
+    Case("multi-token prediction, tied, full recompute", 2, ep=2, mtp_layers=1, tied=True, latent_attention=True, recompute="full", balance=EXACT, micro_batches=2),
+    Case("multi-token prediction, replicated, chain of 2", 2, shard=1, mtp_layers=1, moe=CHAIN, balance=GLOBAL),
+    Case("residual logits, ep 2", 2, ep=2, router=RESIDUAL, balance=ALL_LOSSES, micro_batches=2),
+    Case("residual logits, chain of 2, full recompute", 2, ep=2, router=RESIDUAL, moe=CHAIN, recompute="full", balance=ALL_LOSSES),
+    Case("residual logits, one router, multi-token prediction", 2, router=RESIDUAL, moe=ONE_ROUTER, mtp_layers=1, recompute="selective", balance=ALL_LOSSES),
 ]  # fmt: skip
 
 ROUTERS_FOUR = [
     Case("chain of 2, ep 4", 4, ep=4, moe=CHAIN, balance=ALL_LOSSES),
     Case("chain of 2, ep 2 x expert shard 2, full recompute", 4, ep=2, moe=CHAIN, recompute="full", balance=ALL_LOSSES),
     Case("chain of 3, ep 2 x replicas 2", 4, ep=2, shard=2, moe=THREE, balance=GLOBAL, micro_batches=2),
+    Case("multi-token prediction, ep 2 x expert shard 2", 4, ep=2, mtp_layers=2, balance=ALL_LOSSES, micro_batches=2),
+    Case("residual logits, idle rank, full recompute", 4, ep=4, router=RESIDUAL, mtp_layers=1, idle_rank=True, recompute="full", balance=GLOBAL),
     Case("expert choice, sequences, ep 4", 4, ep=4, kind="expert_choice", router=POOL, rows=2),
     Case("expert choice, global batch, ep 4", 4, ep=4, kind="expert_choice", router=WHOLE, rows=2),
     Case("expert choice, position, ep 2 x expert shard 2", 4, ep=2, kind="expert_choice", router={"pool": "position"}, rows=2),
@@ -234,6 +246,8 @@ SEQUENCES_TWO = [
     Case("tp 2, forced balance", 2, tp=2, ep=2, router={"forced_balance": True}, balance=GLOBAL),
     Case("tp 2, least loaded", 2, tp=2, ep=2, dispatch=SPILL, balance=ALL_LOSSES, micro_batches=2),
     Case("cp 2, 2 chunks, gated shared experts", 2, cp=2, ep=2, dispatch=CHUNKS_2, moe=GATED, balance=ALL_LOSSES),
+    Case("cp 2, multi-token prediction, residual logits", 2, cp=2, ep=2, router=RESIDUAL, mtp_layers=2, rows=2, balance=ALL_LOSSES),
+    Case("tp 2, multi-token prediction, residual logits", 2, tp=2, ep=2, router=RESIDUAL, mtp_layers=2, rows=2, recompute="full", balance=GLOBAL),
 ]  # fmt: skip
 
 SEQUENCES_FOUR = [
@@ -252,12 +266,80 @@ SEQUENCES_FOUR = [
     Case("tp 2, two hops, bi-level", 4, tp=2, ep=4, dispatch=TWO_NODES, kind="bi_level", balance=ALL_LOSSES),
     Case("cp 2, least loaded, no token for half", 4, cp=2, ep=4, num_experts=8, dispatch=SPILL, starved_rank=True, balance=BIAS),
     Case("tp 2, idle rank", 4, tp=2, ep=2, idle_rank=True, balance=ALL_LOSSES),
+    Case("tp 2 x cp 2, multi-token prediction, residual logits", 4, tp=2, cp=2, ep=2, router=RESIDUAL, mtp_layers=2, balance=ALL_LOSSES),
+    Case("cp 4, multi-token prediction, full recompute", 4, cp=4, ep=2, mtp_layers=3, recompute="full", balance=ALL_LOSSES),
 ]  # fmt: skip
 
 SEQUENCES_EIGHT = [
     Case("tp 2 x cp 2 x shard 2, ep 8", 8, tp=2, cp=2, ep=8, num_experts=8, balance=ALL_LOSSES),
     Case("tp 2 x cp 2 x replicas 2, ep 4 x expert replicas 2", 8, tp=2, cp=2, ep=4, shard=2, balance=ALL_LOSSES, recompute="full"),
     Case("cp 4 x shard 2, ep 2 x expert shard 4", 8, cp=4, ep=2, attention=FEW_KEYS, balance=GLOBAL, micro_batches=2),
+]  # fmt: skip
+
+INTERLEAVED, ZERO_BUBBLE = {"schedule": "interleaved"}, {"schedule": "interleaved_zero_bubble"}
+V, DUAL = {"schedule": "zero_bubble_v"}, {"schedule": "dual_pipe_v"}
+EVERYTHING = {**ALL_LOSSES, "bias_rate": 0.05}
+RESIDUAL = {"logit_residual": True}
+
+PIPELINE_TWO = [
+    Case("pp 2", 2, pp=2, micro_batches=3, balance=EVERYTHING),
+    Case("pp 2, layers 1 and 2, as few micro-batches as stages", 2, pp=2, stage_layers=[1, 2], micro_batches=2, balance=EVERYTHING),
+    Case("pp 2, interleaved", 2, pp=2, **INTERLEAVED, num_layers=5, micro_batches=4, balance=EVERYTHING),
+    Case("pp 2, interleaved, 3 stages a rank", 2, pp=2, **INTERLEAVED, stages_per_rank=3, num_layers=6, micro_batches=2, balance=EVERYTHING),
+    Case("pp 2, interleaved, full recompute", 2, pp=2, **INTERLEAVED, num_layers=4, micro_batches=4, recompute="full", balance=EVERYTHING),
+    Case("pp 2, zero bubble", 2, pp=2, **ZERO_BUBBLE, num_layers=5, micro_batches=4, balance=EVERYTHING),
+    Case("pp 2, zero bubble, a stage a rank", 2, pp=2, **ZERO_BUBBLE, stages_per_rank=1, num_layers=5, micro_batches=4, balance=EVERYTHING),
+    Case("pp 2, zero bubble, selective recompute", 2, pp=2, **ZERO_BUBBLE, num_layers=4, micro_batches=2, recompute="selective", balance=EVERYTHING),
+    Case("pp 2, zero-bubble V", 2, pp=2, **V, num_layers=5, micro_batches=4, balance=EVERYTHING),
+    Case("pp 2, zero-bubble V, one micro-batch", 2, pp=2, **V, num_layers=5, balance=EVERYTHING),
+    Case("pp 2, DualPipeV", 2, pp=2, **DUAL, num_layers=5, micro_batches=5, balance=EVERYTHING),
+    Case("pp 2, DualPipeV, latent attention", 2, pp=2, **DUAL, num_layers=4, latent_attention=True, micro_batches=4, balance=EVERYTHING),
+    Case("pp 2, tied embeddings", 2, pp=2, tied=True, micro_batches=2, balance=EVERYTHING),
+    Case("pp 2, two further tokens", 2, pp=2, mtp_layers=2, micro_batches=2, balance=EVERYTHING),
+    Case("pp 2, zero bubble, tied embeddings", 2, pp=2, **ZERO_BUBBLE, num_layers=4, tied=True, micro_batches=2, balance=EVERYTHING),
+    Case("pp 2, zero bubble, a further token", 2, pp=2, **ZERO_BUBBLE, num_layers=4, mtp_layers=1, micro_batches=2, balance=EVERYTHING),
+    Case("pp 2, exact counts", 2, pp=2, micro_batches=2, balance=EXACT),
+    Case("pp 2, full recompute", 2, pp=2, micro_batches=3, recompute="full", balance=EVERYTHING),
+    Case("pp 2, chain of 2", 2, pp=2, micro_batches=2, moe=CHAIN, balance=GLOBAL),
+    Case("pp 2, chain of 2, one router, selective recompute", 2, pp=2, micro_batches=2, moe=SHARED_CHAIN, recompute="selective", balance=GLOBAL),
+    Case("pp 2, expert choice, global batch", 2, pp=2, micro_batches=2, rows=2, kind="expert_choice", router=WHOLE),
+    Case("pp 2, carry", 2, pp=2, num_layers=4, micro_batches=3, router=RESIDUAL, balance=EVERYTHING),
+    Case("pp 2, DualPipeV, carry", 2, pp=2, **DUAL, num_layers=4, micro_batches=4, router=RESIDUAL, balance=EVERYTHING),
+]  # fmt: skip
+
+PIPELINE_FOUR = [
+    Case("pp 4", 4, pp=4, num_layers=5, micro_batches=5, balance=EVERYTHING),
+    Case("pp 4, interleaved", 4, pp=4, **INTERLEAVED, num_layers=8, micro_batches=4, balance=EVERYTHING),
+    Case("pp 2 x ep 2", 4, pp=2, ep=2, micro_batches=3, balance=EVERYTHING),
+    Case("pp 2 x tp 2, ep 2", 4, pp=2, tp=2, ep=2, micro_batches=2, balance=EVERYTHING),
+    Case("pp 2 x cp 2, ep 2", 4, pp=2, cp=2, ep=2, micro_batches=2, balance=EVERYTHING),
+    Case("pp 2 x shard 2", 4, pp=2, micro_batches=3, balance=EVERYTHING),
+    Case("pp 2 x shard 2, weights kept", 4, pp=2, reshard_after_forward=False, micro_batches=3, balance=EVERYTHING),
+    Case("pp 2 x replicas 2", 4, pp=2, shard=1, micro_batches=2, balance=EVERYTHING),
+    Case("pp 2 x shard 2, tied embeddings", 4, pp=2, tied=True, micro_batches=2, balance=EVERYTHING),
+    Case("pp 2 x tp 2, tied, a further token", 4, pp=2, tp=2, tied=True, mtp_layers=1, micro_batches=2, balance=EVERYTHING),
+    Case("pp 2 x ep 2, exact counts, full recompute", 4, pp=2, ep=2, recompute="full", micro_batches=2, balance=EXACT),
+    Case("pp 2 x ep 2, interleaved, full recompute", 4, pp=2, ep=2, **INTERLEAVED, num_layers=5, recompute="full", micro_batches=4, balance=EVERYTHING),
+    Case("pp 2 x shard 2, zero bubble", 4, pp=2, **ZERO_BUBBLE, num_layers=4, micro_batches=4, balance=EVERYTHING),
+    Case("pp 2 x ep 2, zero bubble, least loaded", 4, pp=2, ep=2, **ZERO_BUBBLE, num_layers=4, dispatch=SPILL, starved_rank=True, micro_batches=4, balance=BIAS),
+    Case("pp 2 x ep 2, zero bubble, carry, 2 chunks", 4, pp=2, ep=2, **ZERO_BUBBLE, num_layers=4, dispatch=CHUNKS_2, moe=GATED, micro_batches=4, router=RESIDUAL, balance=EVERYTHING),
+    Case("pp 2 x ep 2, zero-bubble V, idle rank", 4, pp=2, ep=2, **V, num_layers=4, idle_rank=True, micro_batches=4, balance=EVERYTHING),
+    Case("pp 2 x tp 2, ep 2, DualPipeV", 4, pp=2, tp=2, ep=2, **DUAL, num_layers=4, micro_batches=4, balance=EVERYTHING),
+    Case("pp 2 x ep 2, DualPipeV, bi-level", 4, pp=2, ep=2, **DUAL, num_layers=4, kind="bi_level", micro_batches=4, balance=ALL_LOSSES),
+    Case("pp 2 x ep 2, chain of 2", 4, pp=2, ep=2, micro_batches=2, moe=CHAIN, balance=GLOBAL),
+]  # fmt: skip
+
+PIPELINE_EIGHT = [
+    Case("pp 2 x tp 2 x cp 2, ep 4, interleaved", 8, pp=2, tp=2, cp=2, ep=4, **INTERLEAVED, num_layers=4, micro_batches=4, balance=EVERYTHING),
+    Case("pp 4 x ep 2, zero bubble", 8, pp=4, ep=2, **ZERO_BUBBLE, num_layers=8, micro_batches=8, balance=EVERYTHING),
+    Case("pp 4 x shard 2, DualPipeV, carry", 8, pp=4, **DUAL, num_layers=8, micro_batches=8, router=RESIDUAL, balance=EVERYTHING),
+    Case("pp 2 x ep 2 x expert shard 2, tied, a further token", 8, pp=2, ep=2, tied=True, mtp_layers=1, micro_batches=2, balance=EVERYTHING),
+]  # fmt: skip
+
+PIPELINE_BFLOAT16 = [
+    Case("bf16, pp 2", 2, pp=2, dtype="bfloat16", rows=2, micro_batches=2, balance=ALL_LOSSES),
+    Case("bf16, pp 2, full recompute, tied, carry", 2, pp=2, dtype="bfloat16", rows=2, micro_batches=2, tied=True, router=RESIDUAL, recompute="full", balance=GLOBAL),
+    Case("bf16, pp 2, DualPipeV", 2, pp=2, **DUAL, num_layers=4, dtype="bfloat16", rows=2, micro_batches=4, balance=ALL_LOSSES),
 ]  # fmt: skip
 
 BFLOAT16 = [
@@ -285,6 +367,7 @@ BFLOAT16 = [
         rows=2,
     ),
     Case("bf16, least loaded", 2, ep=2, dtype="bfloat16", dispatch=SPILL, balance=GLOBAL, rows=2),
+    Case("bf16, residual logits, multi-token prediction", 2, ep=2, dtype="bfloat16", router=RESIDUAL, mtp_layers=1, balance=GLOBAL, rows=2),
     Case("bf16, tp 2, ep 2", 2, tp=2, ep=2, dtype="bfloat16", balance=GLOBAL, rows=2),
     Case("bf16, cp 2, ep 2", 2, cp=2, ep=2, dtype="bfloat16", balance=ALL_LOSSES, rows=2),
     Case("bf16, ep 2, full recompute", 2, ep=2, dtype="bfloat16", recompute="full", balance=ALL_LOSSES, rows=2),

@@ -24,8 +24,8 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 
-GRAPHS = 3
-"""Before the projections, projections, after attention."""
+GRAPHS = {"grouped": 3, "latent": 4}
+"""Before the projections, (latents,) projections, after attention."""
 
 
 def graphs() -> int:
@@ -52,7 +52,7 @@ def test_one_process(name: str) -> None:
         wanted, got = (torch.autograd.grad(x, list(m.parameters())) for x, m in zip(losses, (plain, fused)))
         for (parameter, _), a, b in zip(plain.named_parameters(), wanted, got):
             assert (a - b).norm() <= 1e-4 * a.norm(), parameter
-        assert graphs() <= 2 * GRAPHS  # the second time of shapes that may vary
+        assert graphs() <= 2 * GRAPHS[name]  # the second time of shapes that may vary
     with torch.no_grad():
         evaluated = [model(batch, ForwardContext(training=False))[0] for model in (plain, fused)]
     torch.testing.assert_close(evaluated[1], evaluated[0], rtol=1e-4, atol=1e-4)
@@ -62,12 +62,13 @@ CASES = [
     Case("compiled, ep 2", 2, ep=2, micro_batches=2, balance={"global_coefficient": 0.3}, compile="blocks"),
     Case("compiled, sharded, latent attention, tied, full recompute", 2, latent_attention=True, tied=True,
          recompute="full", micro_batches=2, compile="blocks"),
+    Case("compiled, tp 2", 2, tp=2, ep=2, attention={"qk_norm": "head"}, compile="blocks"),
 ]  # fmt: skip
 
 
 def run_compiled() -> list[Any]:
-    """All cases on this rank, and the number of graphs that they compiled."""
-    return [(run_engine(case), graphs()) for case in CASES]
+    """All cases on this rank, and the number of graphs that they compiled; with tp the hooks of FSDP cut them."""
+    return [(run_engine(case), graphs() if case.tp == 1 else None) for case in CASES]
 
 
 def test_two_ranks(parity_table) -> None:
@@ -78,7 +79,7 @@ def test_two_ranks(parity_table) -> None:
         wanted = run_reference(case)
         for got, compiled in (results[index] for results in everyone):
             check(case, got, wanted, "processes", parity_table)
-            assert compiled >= GRAPHS
+            assert compiled is None or compiled >= min(GRAPHS.values())
 
 
 def test_a_module_that_is_not_finite_is_found_in_compiled_blocks() -> None:
