@@ -82,13 +82,13 @@ class MegatronEngine(Engine):
         self.sequence = ranks_of(mesh.sequence_group)
         self._exchange = SequenceExchange(mesh.cp_group, mesh.tp_group)
         self._rotary, self._passing = rotary_of(setting.architecture), Passing()
-        self._meet()
+        self._meet(setting.parallel.timeout_seconds)
         self._build(setting, dtype)
         self.previous_count_LIE = self.zero_counts()
 
     # -- construction --------------------------------------------------------------------------------------------
 
-    def _meet(self) -> None:
+    def _meet(self, timeout_seconds: float) -> None:
         """Megatron's process groups, in the order of ours: tp innermost, then cp, then rows of the batch, then pp."""
         layout = self.layout
         if parallel_state.model_parallel_is_initialized():  # by an earlier run of this process
@@ -101,6 +101,7 @@ class MegatronEngine(Engine):
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
         )
         for mine, theirs in (
             (self.mesh.tp_group, parallel_state.get_tensor_model_parallel_group()),
@@ -143,9 +144,21 @@ class MegatronEngine(Engine):
         self._optimizer = get_megatron_optimizer(
             _optimizer_config(self.optim, self.config, dtype), self._chunks, use_gloo_process_groups=False
         )
+        self._refuse_other_steps()
         self._held = held_by(self._optimizer, self._places)
         for group in self._optimizer.param_groups:
             group["weight_decay"] = self.optim.weight_decay * group["wd_mult"]
+
+    def _refuse_other_steps(self) -> None:
+        """Megatron takes the FusedAdam of other packages where it finds one, with a state of another form."""
+        for optimizer in _chained(self._optimizer):
+            inner = optimizer.optimizer
+            if inner is not None and type(inner) is not torch.optim.AdamW:
+                raise ValueError(
+                    f"engine=megatron: Megatron-Core has found {type(inner).__module__} and steps with its "
+                    f"{type(inner).__name__}, whose state our checkpoints cannot hold; uninstall that package (apex or "
+                    "TransformerEngine), which nothing else here uses"
+                )
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -170,9 +183,9 @@ class MegatronEngine(Engine):
         self._run(batches, step_pass.context, count, num_valid, learns=True)
         error = step_pass.finish()
         if self.layout.pp > 1:  # each stage has counted its own layers
-            dist.all_reduce(self.previous_count_LIE, group=self.mesh.pp_group)
-            dist.all_reduce(error, group=self.mesh.pp_group)
-            error = error / self.layout.pp
+            error = error * len(self.layers) / max(1, self.architecture.num_moe_layers)
+            for counted in (self.previous_count_LIE, error):
+                dist.all_reduce(counted, group=self.mesh.pp_group)
         return step_pass.sums, error
 
     def _counted_here(self, loss: Tensor | None) -> Tensor:

@@ -84,7 +84,9 @@ class TokenChoiceConfig(RouterConfig):
         return TokenChoiceRouter(dim, num_experts, self, with_bias)
 
     def build_first(self, dim: int, num_experts: int, with_bias: bool) -> TokenChoiceRouter:
-        return TokenChoiceRouter(dim, num_experts, self, with_bias, first=True)
+        router = self.build(dim, num_experts, with_bias)
+        router.residual = None
+        return router
 
     def carry_width(self, num_experts: int) -> int:
         return num_experts if self.logit_residual else 0
@@ -143,14 +145,12 @@ class TokenChoiceRouter(Router):
     (jitter), 2006.16668 (random second expert), 2410.07348 (residual of logits).
     """
 
-    def __init__(
-        self, dim: int, num_experts: int, config: TokenChoiceConfig, with_bias: bool, first: bool = False
-    ) -> None:
+    def __init__(self, dim: int, num_experts: int, config: TokenChoiceConfig, with_bias: bool) -> None:
         super().__init__(dim, num_experts, config)
         self.weight = nn.Parameter(torch.empty(num_experts, dim, dtype=torch.float32))
         self.residual: nn.Parameter | None = None
         """(E, E): from the logits of the router before. The first router has none."""
-        if config.logit_residual and not first:
+        if config.logit_residual:
             self.residual = nn.Parameter(torch.empty(num_experts, num_experts, dtype=torch.float32))
         if with_bias:
             self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
