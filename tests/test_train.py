@@ -144,6 +144,28 @@ for name, value in {ranks!r}[RANK].items():
 """
 
 
+def test_multi_token_prediction(runner: Runner) -> None:
+    """Would catch: losses of the modules that are not logged, or logged and not learned; a checkpoint that refuses a
+    lower coefficient, which DeepSeek-V3 sets on the way. Without balance losses the total is that of tokens alone;
+    floats of one line are computed from the same sums, 1e-6 is rounding in the loss."""
+    options = ("model.mtp_layers=2", "router.logit_residual=true", "balance=none", "evaluation.every_steps=6")
+    folder = runner.run("further", *options, "train.steps=6").folder
+    runner.run("further", *options, "resume=auto", "model.mtp_coefficient=0.1")
+    lines = rows(folder)
+    assert [row["step"] for row in lines][-1] == 12
+    for row in lines:
+        coefficient = 0.3 if row["step"] <= 6 else 0.1
+        further = [row[f"loss/mtp_{k}_nats"] for k in (1, 2)]
+        total = row["loss/cross_entropy_nats"] + coefficient * sum(further) / 2
+        assert row["loss/total_nats"] == pytest.approx(total, rel=1e-6)
+        assert further[1] < further[0], "the last place of a sequence has one target less"
+        assert "experts/layer_3/max_over_mean" in row, "of a module: tiny has two layers"
+    first, last = lines[0], lines[-1]
+    assert last["loss/mtp_1_nats"] < first["loss/mtp_1_nats"] - 0.05, "it learns"
+    assert math.log(257) * 30 / 32 == pytest.approx(first["loss/mtp_2_nats"], abs=0.1), "2 of 32 targets are unknown"
+    assert {"validation/mtp_1_cross_entropy_nats", "validation/mtp_2_cross_entropy_nats"} <= last.keys()
+
+
 def test_an_uninstalled_checkout_says_so(tmp_path: Path) -> None:
     """Would catch: a traceback as the first thing that a new user sees."""
     code = "import sys, runpy; sys.modules['moe_parallel'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import deepspeed
@@ -157,7 +158,7 @@ class DeepSpeedEngine(Engine):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.zero.step()  # clips by the same norm: it computes it once more
-        if self.optimizer.overflow:
+        if self.zero.optimizer.overflow:
             raise RuntimeError(f"DeepSpeed has skipped a step that had a finite gradient norm of {float(norm)}")
 
     def zero_grad(self) -> None:
@@ -165,6 +166,10 @@ class DeepSpeedEngine(Engine):
 
     def checkpoint_state(self) -> ZeroState:
         return ZeroState(self.partitions, self.model)
+
+    def save_own(self, folder: Path, tag: str) -> None:
+        """Write DeepSpeed's own checkpoint, which its tools read: `folder`/`tag`. All ranks wait for it."""
+        self.zero.save_checkpoint(str(folder), tag=tag)
 
     def evaluate(self, batch: TokenBatch) -> StepSums:
         sums = self.zero_sums()

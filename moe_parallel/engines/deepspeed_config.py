@@ -119,7 +119,7 @@ class DeepSpeedConfig(EngineConfig):
             )
         if setting.dtype is torch.bfloat16 and self.stage == 1 and self.offload_optimizer is Offload.none:
             problems.append(
-                "engine.stage=1 with train.dtype=bfloat16 makes DeepSpeed take another optimizer with a norm of its own, "
+                "engine.stage=1 with train.dtype=bfloat16 makes DeepSpeed take another optimizer, with its own norm, "
                 "which is not proven here; set engine.stage=2, or train.dtype=float32"
             )
         return problems + self._missing(setting.device_type)

@@ -23,7 +23,6 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -294,13 +293,14 @@ def build_chunk(config: TransformerConfig, parts: Parts, first: bool, last: bool
 
 
 def _mark_split(chunk: GPTModel) -> None:
-    """Tell Megatron's norm of gradients that each rank of `tp` has another part of these: it marks only weights that it
-    has drawn itself, and would leave out all parts but the first rank's."""
+    """Tell Megatron's norm of gradients that each rank of `tp` has another part of these: 0.16 marks only weights that
+    it has drawn itself, and would leave out all parts but the first rank's."""
     dims = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
     for module in chunk.modules():
         dim = dims.get(type(module))
         if dim is not None and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+            for name, value in (("tensor_model_parallel", True), ("partition_dim", dim), ("partition_stride", 1)):
+                setattr(module.weight, name, value)
 
 
 def _layer(config: TransformerConfig, parts: Parts, number: int) -> ModuleSpec:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,20 +86,25 @@ class _WithLoss(torch.autograd.Function):
 
 
 class _ScheduledStage(PipelineStage):
-    """What torch's schedules call. Only tensors pass through them: the rest of a micro-batch is found by its index."""
+    """What torch's schedules call. Only tensors pass through them: the rest of a micro-batch is found by its number."""
 
     submod: Stage
     batches: Sequence[TokenBatch]
     step_pass: StepPass
+    number: int
+    """Of the micro-batch whose forward pass runs."""
 
-    def forward_maybe_with_nosync(self, *received: Tensor, index: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Forward pass of a micro-batch; counted here, since the next one must know of it."""
-        number, first = int(index), self.submod.is_first
-        context = self.step_pass.context(number)
-        if not first and len(received) > 1:
-            context = replace(context, carry=received[1])
-        x_BSD = None if first else received[0]
-        out, carry, stats = self.submod(x_BSD, self.batches[number], context, Output.loss)
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """torch's forward pass of a micro-batch."""
+        self.number = fwd_chunk_id
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def forward_maybe_with_nosync(self, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The part of it that calls the stage. Counted here, since the next micro-batch must know of this one."""
+        context = self.step_pass.context(self.number)
+        x_BSD, carry = (*received, None, None)[:2]
+        context = replace(context, carry=carry)
+        out, carry, stats = self.submod(x_BSD, self.batches[self.number], context, Output.loss)
         if self.submod.is_last:
             return self.step_pass.count(out, stats)
         loss = self.step_pass.count(self.step_pass.sums.no_loss, stats)
@@ -106,7 +112,7 @@ class _ScheduledStage(PipelineStage):
         return outputs
 
 
-def _loss(output: Tensor, _index: Tensor) -> Tensor:
+def _loss(output: Tensor, _target: Tensor) -> Tensor:
     """The last stage's output is the loss."""
     return output
 
@@ -148,16 +154,14 @@ class Pipeline:
             self._prepare(key, batches[0])
         for stage in self._scheduled[key]:
             stage.batches, stage.step_pass = batches, step_pass
-        index = torch.arange(len(batches))
-        received = (index,) if self.part.first else ()
-        self._schedules[key].step(*received, index=index, target=index, return_outputs=False)
+        targets = torch.zeros(len(batches))  # unused: a schedule hands one of them to the loss of each micro-batch
+        self._schedules[key].step(target=targets, return_outputs=False)
         self._add_shared_gradients()
 
     def _prepare(self, key: tuple[int, ...], batch: TokenBatch) -> None:
         stages = []
         for index, stage in self.stages.items():
-            first = torch.zeros(1, dtype=torch.int64, device="meta")
-            before = (first,) if index == 0 else tuple(self._handed(index - 1, batch, "meta", requires_grad=True))
+            before = () if index == 0 else tuple(self._handed(index - 1, batch, "meta", requires_grad=True))
             after = tuple(self._handed(index, batch, "meta", requires_grad=True))
             if index == self.plan.last:
                 after = (torch.zeros((), dtype=self._wide, device="meta", requires_grad=True),)
@@ -228,8 +232,7 @@ class Pipeline:
                 handed = self._handed(index - 1, batch, batch.token_BS.device)
                 for tensor in handed:
                     dist.recv(tensor, group=self.group, group_src=self.plan.rank_of(index - 1))
-            carry = handed[1] if len(handed) > 1 else None
-            x_BSD = handed[0] if handed else None
+            x_BSD, carry = (*handed, None, None)[:2]
             result, carry, stats = stage(x_BSD, batch, replace(context, carry=carry), output)
             layer_stats += stats
             if stage.is_last:

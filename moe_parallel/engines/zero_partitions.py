@@ -73,6 +73,10 @@ class Partitions(ABC):
     def opened(self, group: int, write: bool) -> Any:
         """Context: a buffer of float32 weights, in memory and a key to `states`; written ones are taken over."""
 
+    def in_files(self, group: int) -> bool:
+        """Whether a buffer is in memory only while it is opened, in a place that others use after it."""
+        return False
+
     @abstractmethod
     def published(self) -> Any:
         """Context: what has been written within it are the weights that compute, on all ranks, when it ends."""
@@ -161,10 +165,12 @@ class ParameterPartitions(Partitions):
         start = min(padded * dist.get_rank(zero.ds_process_group), zero.ds_numel)
         return self._held(parameter, start, min(padded, zero.ds_numel - start), group, offset)
 
+    def in_files(self, group: int) -> bool:
+        return self.optimizer._swappable_optimizer_subgroup(group)
+
     @contextmanager
     def opened(self, group: int, write: bool) -> Iterator[Tensor]:
-        optimizer = self.optimizer
-        swapped = optimizer._swappable_optimizer_subgroup(group)
+        optimizer, swapped = self.optimizer, self.in_files(group)
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_in(group)
         yield optimizer.fp32_partitioned_groups_flat[group]
@@ -213,11 +219,15 @@ class ZeroState:
         entries: Entries = dict(self._buffers())
         for ranges, flat, state in self.partitions.visit(write=False):
             for held in ranges:
-                entries[f"model.{held.name}"] = _pieces(held, held.range_in(flat))
+                entries[f"model.{held.name}"] = self._saved(held, flat)
                 for moment, value in state.items():
-                    entry = value if moment == "step" else _pieces(held, held.range_in(value))
+                    entry = value if moment == "step" else self._saved(held, value)
                     entries[f"optimizer.{held.name}.{moment}"] = entry
         return entries
+
+    def _saved(self, held: Held, flat: Tensor) -> Pieces:
+        values = held.range_in(flat)
+        return _pieces(held, values.clone() if self.partitions.in_files(held.group) else values)
 
     def empty(self, metadata: Metadata) -> Entries:
         entries: Entries = dict(self._buffers())

@@ -59,7 +59,6 @@ class ModelConfig:
                 "prediction set model.mtp_layers=0"
             )
 
-
     def token_loss(self, cross_entropy: Tensor) -> Tensor:
         """What the losses of a model's tokens are in training: that of the next token, and the mean of those of
         multi-token prediction times its coefficient.

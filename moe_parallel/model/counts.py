@@ -2,8 +2,8 @@
 
 Conventions. Active parameters are those that one token uses: everything dense, with embedding and head, the shared
 experts and its routed ones, as published counts of DeepSeekMoE, OLMoE, Qwen3 and Mixtral have it. Chained experts are
-used, and counted in FLOPs, once in each iteration. Multi-token prediction, where there is any, is counted as in training:
-its layers are used, and the head once for each. A multiply-add is 2 FLOPs. Backward costs twice forward.
+used, and counted in FLOPs, once in each iteration. Multi-token prediction, where there is any, is counted as in
+training: its layers are used, and the head once for each. A multiply-add is 2 FLOPs. Backward costs twice forward.
 Recomputation is not counted, nor is the second computation of the head's logits.
 """
 
@@ -175,7 +175,7 @@ class MemoryEstimate:
     """What autograd keeps of a micro-batch."""
     temporary: int
     """The most that exists beside all that for a moment: a slice of logits with what is made of it, or the gradients of
-    activations within one feed-forward layer."""
+    activations within one feed-forward layer and those of weights that are being reduced."""
 
     @property
     def total(self) -> int:
@@ -223,10 +223,12 @@ def memory_per_rank(
     inside = counts.total - counts.routed - counts.embedding - counts.head - architecture.model.dim
     held = (outside + inside) // (shard * tp) + counts.routed // (ep * expert_shard)
     whole = inside // tp + counts.routed // ep
-    gathered = 0
+    gathered = reduced = 0
     if shard * tp > 1 or expert_shard > 1 or size.compute != size.weight:
         layer = inside // tp // layers + counts.routed // max(1, architecture.num_moe_layers) // ep
         gathered = (outside + (min(2, layers) * layer if reshard else whole)) * size.compute
+        # What is reduced waits beside its result while the next layer's begins: a shard, or a whole copy.
+        reduced = int(min(2, layers) * layer * size.gradient * (1 + held / (outside + whole)))
     activations = _activation_bytes(
         architecture, tokens, recompute, size.compute, ep, tp=tp, head=head, in_flight=in_flight, imbalance=imbalance
     )
@@ -236,11 +238,13 @@ def memory_per_rank(
         optimizer=held * size.optimizer,
         gathered=gathered,
         activations=activations,
-        temporary=_temporary_bytes(architecture, tokens, size.compute, head, imbalance),
+        temporary=_temporary_bytes(architecture, tokens, size.compute, head, imbalance, reduced),
     )
 
 
-def _temporary_bytes(architecture: Architecture, tokens: int, compute: int, has_head: bool, imbalance: float) -> int:
+def _temporary_bytes(
+    architecture: Architecture, tokens: int, compute: int, has_head: bool, imbalance: float, reduced: int
+) -> int:
     model, moe, vocabulary = architecture.model, architecture.moe, architecture.vocab_size
     words = slice_words(tokens, vocabulary)
     logits = words * (8 + (0 if words == vocabulary else compute))  # two float32 copies; one slice alone is kept
@@ -248,7 +252,7 @@ def _temporary_bytes(architecture: Architecture, tokens: int, compute: int, has_
     hidden = 3 * model.ffn_dim * min(1, model.first_dense_layers)  # gradients of the pre-activation and after it
     if architecture.num_moe_layers:
         hidden = max(hidden, int(imbalance * architecture.router.top_k * (3 * moe.expert_dim + model.dim)))
-    return max(head * has_head, tokens * hidden * compute)
+    return max(head * has_head, tokens * hidden * compute + reduced)
 
 
 def _activation_bytes(

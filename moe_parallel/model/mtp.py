@@ -4,8 +4,8 @@ section 2.2). They share embedding and head with the model; generation leaves th
     model     h_0 of token i  -> norm, head ->  token i + 1
     module k  h_k = layer(M_k [norm(h_(k-1)) ; norm(embedding of token i + k)]), norm, head ->  token i + k + 1
 
-What is handed from one to the next is normed, as the head sees it; each module has a norm of its own for that, as in the
-released weights.
+What is handed from one to the next is normed, as the head sees it; each module has a norm of its own for that, as in
+the released weights.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def stage_memory(
         tp=layout.tp,
         recompute=parallel.recompute,
         reshard=parallel.reshard_after_forward,
-        gradients_wait=not parallel.reshard_after_forward and micro_batches > 1,
+        gradients_wait=micro_batches > 1 and (layout.pp > 1 or not parallel.reshard_after_forward),
         embedding=stage.embedding,
         head=stage.head,
         in_flight=stage.in_flight,
@@ -110,6 +110,8 @@ def estimated_time(
     if config.parallel.recompute is Recompute.selective:
         replay = {"experts": forward["experts"] * 2 / 3}  # all but the down-projection
     backward = {name: 2 * seconds + replay.get(name, 0.0) for name, seconds in forward.items()}
+    forward["other"] += work.copies_seconds()
+    backward["other"] += work.copies_seconds() + work.accumulation_seconds()
     rows, sequences = work.rows_seconds(), work.sequence_seconds()
     gather, reduce, replicas = work.weights_seconds()
     several = config.parallel.reshard_after_forward
@@ -181,12 +183,29 @@ class _Work:
         row_passes, token_passes = 14, 50  # by eye of traces; see tests/planner
         traffic = model.num_layers * token_passes * tokens * model.dim
         traffic += shape.num_moe_layers * row_passes * self.rows * (model.dim + shape.moe.expert_dim)
+        _, held = self._whole_weights()
         return {
             "matmul": seconds(total - attention - routed - head, cluster.matmul_efficiency, self.compute_bytes),
             "attention": seconds(attention, cluster.attention_efficiency, self.compute_bytes),
-            "experts": seconds(experts, cluster.expert_efficiency, self.compute_bytes),
+            "experts": max(
+                seconds(experts, cluster.expert_efficiency, self.compute_bytes),
+                cluster.memory_seconds(held * self.compute_bytes),
+            ),
             "other": cluster.memory_seconds(traffic * self.compute_bytes),
         }
+
+    def copies_seconds(self) -> float:
+        """Gathered weights, taken apart after their collective."""
+        if not self.config.parallel.reshard_after_forward or self.layout.shard * self.layout.tp == 1:
+            return 0.0
+        return self.cluster.memory_seconds(2 * sum(self._whole_weights()) * self.compute_bytes)
+
+    def accumulation_seconds(self) -> float:
+        """Gradients of weights of one micro-batch, added to those before it or packed to be reduced."""
+        micro_batches, _ = self.config.train.micro_batches(self.layout.batch_ranks)
+        waits = micro_batches > 1 and (self.layout.pp > 1 or not self.config.parallel.reshard_after_forward)
+        touched = self.compute_bytes + (2 if waits else 1) * MASTER_BYTES
+        return self.cluster.memory_seconds(touched * sum(self._whole_weights()))
 
     def rows_seconds(self) -> float:
         """Exchange of rows in one forward pass, there and back, at the fullest rank."""

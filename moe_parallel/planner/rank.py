@@ -8,7 +8,6 @@ process group.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from moe_data.batch import TokenBatch
 from moe_kernels import moe_mlp
 from moe_kernels.choice import PLAIN, Choice, ExpertKernel, Problem
 from moe_parallel.engines.native import NativeEngine
-from moe_parallel.engines.pipeline import _ScheduledStage
 from moe_parallel.engines.stages import legal_micro_batches, stage_plan
 from moe_parallel.mesh import Compile, Layout, ParallelMesh
 from moe_parallel.moe.dispatch.all_to_all import AllToAllDispatcher
@@ -120,7 +118,19 @@ class WatchedEngine(NativeEngine):
         handles = [module.register_forward_pre_hook(forward, prepend=True) for module in passed]
         for module in passed:
             handles.append(module.register_forward_hook(lambda *_: self.watch.phase(f"backward {began - 1}")))
-        with self.mode, self.watch.on():
+        with ExitStack() as stack:
+            if self.pipeline is not None:
+                finish = self.pipeline._add_shared_gradients
+
+                def after_all_passes() -> None:
+                    self.watch.phase("end")
+                    finish()
+
+                stack.enter_context(replaced(self.pipeline, "_add_shared_gradients", after_all_passes))
+            stack.enter_context(self.mode)
+            stack.enter_context(self.watch.on())
+            if self.pipeline is not None:
+                self.watch.phase("start")
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     self.watch.live.tag(parameter.grad, Kind.gradients)
@@ -300,19 +310,11 @@ class _Norm(torch.autograd.Function):
 
 
 def _make_schedules_plannable(stack: ExitStack) -> None:
-    """Without the two values that torch's schedules ask tensors for: a vote on shapes, which are known here, and the
-    number of a micro-batch, which a stage can count."""
+    """Without the one value that torch's schedules ask a tensor for: a vote on shapes, which are known here."""
 
     def all_static(self: Any, stages: list[Any], *_: Any) -> None:
         for stage in stages:
             stage._inference_mode = InferenceMode.STATIC
 
-    forward, passed = _ScheduledStage.forward_maybe_with_nosync, Counter[int]()
-
-    def counted(self: Any, *received: Tensor, index: Tensor) -> Any:
-        passed[id(self)] += 1
-        return forward(self, *received, index=passed[id(self)] - 1)  # type: ignore[arg-type]
-
-    stack.enter_context(replaced(_ScheduledStage, "forward_maybe_with_nosync", counted))
     for schedule in (PipelineScheduleSingle, PipelineScheduleMulti):
         stack.enter_context(replaced(schedule, "_warmup_p2p", all_static))

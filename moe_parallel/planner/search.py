@@ -254,11 +254,36 @@ def search(question: Question) -> Answer:
         config = _with(question.config, ranks=question.cluster.ranks)
         found = first = estimated(iter([(config, check(config, question.cluster.ranks))]))
     fitting = [planned for planned in found if planned.memory.total <= usable]
-    run = confirm(question, _affordable(question, fitting) or found * (not question.plan.search))
-    confirmed = sorted((p for p in run if p.peak_bytes <= usable), key=lambda planned: planned.time.seconds)
-    others = fitting[len(run) :]
-    least = min([*run, *first], key=lambda planned: planned.peak_bytes, default=None)
+    confirmed, run = _confirmed(question, fitting if question.plan.search else found)
+    seen = {id(planned) for planned, _ in run}
+    ratio = max((trace.peak_bytes / planned.memory.total for planned, trace in run), default=1.0)
+    others = [p for p in fitting if id(p) not in seen and p.memory.total * ratio <= usable]
+    least = min([*(trace for _, trace in run), *first], key=lambda planned: planned.peak_bytes, default=None)
     return Answer(len(first), len(found), len(fitting), confirmed + others, least)
+
+
+ROUNDS = 3
+"""How often layouts are run before the search gives up on those that do not fit when run."""
+
+
+def _confirmed(question: Question, candidates: list[Planned]) -> tuple[list[Planned], list[tuple[Planned, Planned]]]:
+    """Run the first candidates until some fit: those, the fastest first, and all that were run, before and after.
+
+    What a run is found to need more than formulas say is held against later candidates.
+    """
+    usable, ratio = question.cluster.usable_bytes, 1.0
+    run: list[tuple[Planned, Planned]] = []
+    for _ in range(ROUNDS if question.plan.simulate else 0):
+        seen = {id(planned) for planned, _ in run}
+        left = [p for p in candidates if id(p) not in seen and (p.memory.total * ratio <= usable or not run)]
+        chosen = _affordable(question, left)
+        found = confirm(question, chosen)
+        run += zip(chosen, found)
+        fit = sorted((p for p in found if p.peak_bytes <= usable), key=lambda planned: planned.time.seconds)
+        if fit or not chosen:
+            return fit, run
+        ratio = max(trace.peak_bytes / planned.memory.total for planned, trace in run)
+    return [], run
 
 
 def _affordable(question: Question, candidates: Sequence[Planned]) -> list[Planned]:

@@ -14,61 +14,61 @@ PART_OF = {"experts": "rows", "tp": "sequences", "cp": "sequences", "weights": "
 def traced_time(trace: RankTrace, hiding: Hiding) -> StageTime:
     """Put together what was run: without a pipeline the first micro-batch stands for all but the last, with one their
     mean for all."""
-    once, optimizer = _last_only(trace), trace.phases[-1]
-    if trace.layout.pp == 1:
-        forward, backward = [[phase] for phase in trace.phases[:2]]
-    else:
-        forward, backward = _passes(trace, "forward"), _passes(trace, "backward")
-    share = 1 / trace.taken if trace.layout.pp > 1 else 1.0
+    once, optimizer = _once(trace), _mean([trace.phases[-1]], 1.0)
+    pipeline = trace.layout.pp > 1
+    forward = _passes(trace, "forward") if pipeline else trace.phases[:1]
+    backward = _passes(trace, "backward") if pipeline else trace.phases[1:2]
+    share = 1 / trace.taken if pipeline else 1.0
     there, back = (_mean([_without(phase, once) for phase in phases], share) for phases in (forward, backward))
-    seconds = {"weights": sum(amount.seconds for amount in once.values())}
-    return stage_time(there, back, seconds, _mean([optimizer], 1.0), hiding)
+    seconds = {"weights": sum(amount.seconds for phase in trace.phases for m, amount in phase.messages.items() if m in once)}
+    return stage_time(there, back, seconds, optimizer, hiding)
 
 
 def messages_of_step(trace: RankTrace) -> dict[Message, tuple[int, int]]:
     """(calls, bytes) of a whole step with all its micro-batches."""
     total: dict[Message, tuple[int, int]] = {}
 
-    def add(phase: Phase, times: int) -> None:
-        for message, amount in phase.messages.items():
-            calls, num_bytes = total.get(message, (0, 0))
-            total[message] = calls + times * amount.calls, num_bytes + times * amount.bytes
+    def add(message: Message, amount: Amount, times: float) -> None:
+        calls, num_bytes = total.get(message, (0, 0))
+        total[message] = round(calls + times * amount.calls), round(num_bytes + times * amount.bytes)
 
-    once = _last_only(trace)
-    if trace.layout.pp > 1:
-        for phase in trace.phases:
-            add(phase, 1)
-        # Each micro-batch that was not run is one like the mean of those that were.
-        more, taken = trace.micro_batches - trace.taken, trace.taken
-        for message, (calls, num_bytes) in total.items() if more else ():
-            if message not in once and message.purpose != "sums":
-                total[message] = calls + more * calls // taken, num_bytes + more * num_bytes // taken
+    once, more = _once(trace), trace.micro_batches - trace.taken
+    for phase in trace.phases:
+        for message, amount in phase.messages.items():
+            add(message, amount, 1)
+    if trace.layout.pp == 1:  # the first one stands for those that were not run
+        for phase in trace.phases[:2]:
+            for message, amount in _without(phase, once).messages.items():
+                add(message, amount, more)
         return total
-    for phase in trace.phases[:2] if trace.micro_batches > 1 else []:
-        add(_without(phase, once), trace.micro_batches - 1)
-    for phase in trace.phases[-3:]:
-        add(phase, 1)
+    passes = [_without(phase, once) for phase in (*_passes(trace, "forward"), *_passes(trace, "backward"))]
+    for message in {message for phase in passes for message in phase.messages}:
+        amounts = [phase.messages[message] for phase in passes if message in phase.messages]
+        gathers = message.purpose == "weights"
+        if gathers and len(amounts) == 1:
+            continue  # they stay for the whole step
+        # Gathered weights stay between a forward and a backward pass: one gather more than micro-batches.
+        for amount in amounts:
+            add(message, amount, more / (trace.taken + gathers))
     return total
 
 
-def _last_only(trace: RankTrace) -> dict[Message, Amount]:
+def _once(trace: RankTrace) -> set[Message]:
     """Collectives of weights that a step has once, beside its last backward pass."""
     if trace.layout.pp > 1:
-        found: dict[Message, Amount] = {}
-        for phase in _passes(trace, "backward"):
-            found |= {m: a for m, a in phase.messages.items() if m.purpose == "weights" and m.op != "all_gather"}
-        return found
+        backward = [message for phase in _passes(trace, "backward") for message in phase.messages]
+        return {m for m in backward if m.purpose == "weights" and m.op != "all_gather"}
     first, last = trace.phases[1].messages, trace.phases[2 * trace.taken - 1].messages
     if trace.taken == 1:  # replicas are summed once a step
-        return {m: a for m, a in last.items() if (m.op, m.purpose) == ("all_reduce", "weights")}
-    return {m: a for m, a in last.items() if m.purpose == "weights" and m not in first}
+        return {m for m in last if (m.op, m.purpose) == ("all_reduce", "weights")}
+    return {m for m in last if m.purpose == "weights" and m not in first}
 
 
 def _passes(trace: RankTrace, direction: str) -> list[Phase]:
     return [phase for phase in trace.phases if phase.name.startswith(direction)]
 
 
-def _without(phase: Phase, left_out: dict[Message, Amount]) -> Phase:
+def _without(phase: Phase, left_out: set[Message]) -> Phase:
     return Phase(phase.name, phase.operations, {m: a for m, a in phase.messages.items() if m not in left_out})
 
 

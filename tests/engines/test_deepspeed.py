@@ -6,6 +6,9 @@ everything that several tests look at in one start.
 
 from __future__ import annotations
 
+import importlib
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from moe_parallel.checkpoint.checkpointer import CheckpointConfig, Checkpointer
+from moe_parallel.engines import deepspeed_config
 from moe_parallel.engines.engine import Engine
 from moe_parallel.engines.native import NativeEngine
 from moe_parallel.mesh import ParallelConfig, ParallelMesh, make_layout
+from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.initialize import InitConfig
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
 from tests.parity.cases import OPTIM, SEED, Case, run_reference
@@ -53,6 +58,7 @@ def test_parity(rows, parity_table):
                 assert errors[name] <= FLOAT32, f"{where}: gradient of {name} is off by {errors[name]:.1e}"
                 for what in ("loss", "balance", "norm"):
                     assert getattr(mine, what) == pytest.approx(getattr(theirs, what), rel=3e-6, abs=3e-6), where
+                assert mine.further == pytest.approx(theirs.further, rel=3e-6), where
                 assert torch.equal(mine.counts, theirs.counts), f"{where}: counts"
                 for a, b in zip(mine.buffers, theirs.buffers, strict=True):
                     torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6)
@@ -62,7 +68,8 @@ def test_parity(rows, parity_table):
 # -- checkpoints, skipped steps, evaluation -------------------------------------------------------------------------
 
 CASE = Case("between engines", 2, dtype="float32", micro_batches=2, balance={**GLOBAL, "bias_rate": 0.05}, tied=True)
-STAGES: list[tuple[int, dict[str, Any] | None]] = [
+Stage = tuple[int, dict[str, Any] | None]
+STAGES: list[Stage] = [
     (2, zero.CUT),
     (1, zero.ONE),
     (2, None),
@@ -72,15 +79,24 @@ STAGES: list[tuple[int, dict[str, Any] | None]] = [
 """(ep, options of DeepSpeed; None is the native engine): each resumes from the checkpoint of the one before."""
 
 
-def build(ep: int, options: dict[str, Any] | None) -> Engine:
-    return build_native(ep) if options is None else zero.build(replace(CASE, ep=ep), **options)
+class Large(Case):
+    """With groups of weights that are large enough for DeepSpeed to keep them in files."""
+
+    def architecture(self) -> Architecture:
+        small = super().architecture()
+        model = replace(small.model, dim=192, ffn_dim=512)
+        return replace(small, model=model, moe=replace(small.moe, expert_dim=160), vocab_size=512)
 
 
-def build_native(ep: int, dtype: torch.dtype = torch.float32) -> NativeEngine:
-    parallel = ParallelConfig(ep=ep)
-    mesh = ParallelMesh(make_layout(parallel, dist.get_world_size(), CASE.num_experts), "cpu")
+def build(case: Case, options: dict[str, Any] | None) -> Engine:
+    return build_native(case) if options is None else zero.build(case, **options)
+
+
+def build_native(case: Case, dtype: torch.dtype = torch.float32) -> NativeEngine:
+    parallel = ParallelConfig(ep=case.ep)
+    mesh = ParallelMesh(make_layout(parallel, dist.get_world_size(), case.num_experts), "cpu")
     return NativeEngine(
-        CASE.architecture(), mesh, parallel, OPTIM, torch.device("cpu"), dtype, dispatch=AllToAllConfig()
+        case.architecture(), mesh, parallel, OPTIM, torch.device("cpu"), dtype, dispatch=AllToAllConfig()
     )
 
 
@@ -100,12 +116,12 @@ def train(engine: Engine, step: int, broken: bool = False) -> tuple[float, float
     return float(totals.cross_entropy) / targets, float(norm)
 
 
-def relay(folder: Path) -> list[dict[str, Any]]:
+def relay(folder: Path, case: Case, stages: list[Stage]) -> list[dict[str, Any]]:
     """Each engine in turn resumes, saves what it has, and takes step 2; the first of them takes steps 0 and 1."""
     found = []
     path: Path | None = None
-    for place, (ep, options) in enumerate(STAGES):
-        engine = build(ep, options)
+    for place, (ep, options) in enumerate(stages):
+        engine = build(replace(case, ep=ep), options)
         checkpointer = Checkpointer(folder / str(place), CheckpointConfig(), dist.group.WORLD)
         if path is None:
             engine.init_weights(InitConfig(std=0.1), SEED)
@@ -140,10 +156,8 @@ def read(path: Path) -> dict[str, Tensor]:
     return whole
 
 
-def test_engines_resume_from_each_other(tmp_path):
-    """A range of weights or moments that is saved at a wrong place, moments that are lost, weights that compute but
-    were not refreshed, gradients that a skipped step left behind, padding that leaks into a whole tensor."""
-    everyone = run_ranks(relay, 2, tmp_path)
+def check_relay(everyone: list[list[dict[str, Any]]]) -> None:
+    """All engines had the same weights and moments, and did the same with them."""
     first = everyone[0][0]
     saved = read(first["path"])
     assert any(name.endswith("exp_avg_sq") for name in saved)
@@ -155,8 +169,25 @@ def test_engines_resume_from_each_other(tmp_path):
             for name, value in saved.items():
                 assert torch.equal(again[name], value), f"{where}: {name}"
             for what in ("loss", "norm", "evaluated", "skipped"):
-                assert found[what] == pytest.approx(first[what], rel=3e-6), f"{where}: {what}"
+                assert found[what] == pytest.approx(first[what], rel=1e-5), f"{where}: {what}"
             torch.testing.assert_close(found["logits"], first["logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_engines_resume_from_each_other(tmp_path):
+    """A range of weights or moments that is saved at a wrong place, moments that are lost, weights that compute but
+    were not refreshed, gradients that a skipped step left behind, padding that leaks into a whole tensor."""
+    check_relay(run_ranks(relay, 2, tmp_path, CASE, STAGES))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not deepspeed_config._has_libaio(), reason="needs libaio with its headers, and a compiler")
+def test_nvme(tmp_path):
+    """The same of weights and moments in files: a part that is read before it was written, or not written back."""
+    case = Large(**{**vars(CASE), "name": "nvme", "balance": {"bias_rate": 0.05}})
+    files = {"stage": 3, "keep_elements": 0, "offload_optimizer": "nvme", "nvme_path": str(tmp_path / "swap")}
+    stages: list[Stage] = [(2, None), (2, files), (1, files | {"offload_parameters": "nvme"}), (2, None)]
+    check_relay(run_ranks(relay, 2, tmp_path, case, stages, timeout=900.0))
+    assert any(file.stat().st_size > 2**20 for file in (tmp_path / "swap").rglob("*.swp"))
 
 
 # -- bf16 -----------------------------------------------------------------------------------------------------------
@@ -170,7 +201,7 @@ def in_bfloat16() -> list[tuple[float, dict[str, Tensor]]]:
     found = []
     for options in (None, *HALVES):
         case = replace(HALF, ep=2)
-        engine: Any = build_native(2, torch.bfloat16) if options is None else zero.build(case, **options)
+        engine: Any = build_native(case, torch.bfloat16) if options is None else zero.build(case, **options)
         engine.init_weights(InitConfig(std=0.1), SEED)
         if options is None:  # DeepSpeed computes with all weights in bf16, those of routers too
             for weight in (w for layer in engine.layers for router in layer.routers for w in router.parameters()):
@@ -198,3 +229,68 @@ def test_bfloat16():
             assert gradients.keys() == wanted.keys()
             for name, gradient in gradients.items():
                 assert relative_norm(gradient, wanted[name]) <= BF16, f"{options}: {name}"
+
+
+# -- DeepSpeed's own checkpoints ------------------------------------------------------------------------------------
+
+OWN = [("stage_2", zero.TWO), ("stage_3", zero.CUT)]
+
+
+def save_own(folder: Path) -> list[tuple[float, float]]:
+    """Two steps with experts on two ranks, DeepSpeed's own checkpoint, two steps more."""
+    found = []
+    for name, options in OWN:
+        engine = zero.build(replace(CASE, ep=2), **options)
+        engine.init_weights(InitConfig(std=0.1), SEED)
+        train(engine, 0)
+        train(engine, 1)
+        engine.save_own(folder / name, "own")
+        engine.previous_count_LIE.zero_()  # no part of it
+        found += [train(engine, 2), train(engine, 3)]
+        engine.close()
+    return found
+
+
+def load_universal(folder: Path) -> list[tuple[float, float]]:
+    """The same two last steps with all experts on each rank, from the converted checkpoints."""
+    options_of = deepspeed_engine().zero_options
+    deepspeed_engine().zero_options = lambda *a: {**options_of(*a), "checkpoint": {"load_universal": True}}
+    found = []
+    for name, options in OWN:
+        engine = zero.build(replace(CASE, ep=1), **options)
+        engine.zero.load_checkpoint(str(folder / name), tag="universal")
+        found += [train(engine, 2), train(engine, 3)]
+        engine.close()
+    return found
+
+
+def deepspeed_engine() -> Any:
+    return importlib.import_module("moe_parallel.engines.deepspeed")
+
+
+@pytest.mark.slow
+def test_universal_checkpoints(tmp_path):
+    """Experts of the first rank alone in DeepSpeed's checkpoint, moments of others, a wrong order of experts."""
+    wanted = run_ranks(save_own, 2, tmp_path)
+    for name, _ in OWN:
+        folder = tmp_path / name
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1"),
+                *(
+                    "--num_merge_workers",
+                    "1",
+                    "--input_folder",
+                    folder / "own",
+                    "--output_folder",
+                    folder / "universal",
+                ),
+            ],
+            check=True,
+            capture_output=True,
+        )
+        (folder / "latest_universal").write_text("universal")
+    for got, first in zip(run_ranks(load_universal, 2, tmp_path), wanted, strict=True):
+        for (loss, norm), (loss_before, norm_before) in zip(got, first, strict=True):
+            assert loss == pytest.approx(loss_before, rel=1e-5)
+            assert norm == pytest.approx(norm_before, rel=1e-5)

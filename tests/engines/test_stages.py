@@ -90,7 +90,7 @@ def orders_all(schedule: PipelineSchedule, ranks: int, each: int, micro_batches:
                 seen.get((stage, index, name), 0)
                 for name in ("FORWARD", "FULL_BACKWARD", "BACKWARD_INPUT", "BACKWARD_WEIGHT")
             )
-            assert forward == 1 and whole + weights == 1 and inputs == weights, (stage, index)
+            assert (forward, whole + weights, inputs) == (1, 1, weights), (stage, index)
     return True
 
 

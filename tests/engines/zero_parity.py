@@ -21,6 +21,7 @@ from tests.parity.table import (
     EXACT,
     GATED,
     GLOBAL,
+    RESIDUAL,
     SCALED_CHAIN,
     SIGMOID,
     SPILL,
@@ -62,6 +63,8 @@ WORLD_TWO = [
     row("zero 3, ep 2, scaled chain, full recompute", 2, CUT, ep=2, moe=SCALED_CHAIN, recompute="full", balance=GLOBAL),
     row("zero 3, ep 2, expert choice", 2, CUT, ep=2, kind="expert_choice", router=WHOLE, rows=2),
     row("zero 3, ep 2, least loaded, starved rank", 2, CUT, ep=2, dispatch=SPILL, starved_rank=True, balance=BIAS),
+    row("zero 3, multi-token prediction", 2, CUT, ep=2, mtp_layers=2, rows=2, balance=ALL_LOSSES),
+    row("zero 2, residual logits", 2, TWO, ep=2, router=RESIDUAL, mtp_layers=1, rows=2, balance=ALL_LOSSES),
     row("zero 3, all on the host", 2, {**CUT, **CPU, "offload_parameters": "cpu"}, ep=2, moe=GATED, balance=GLOBAL),
 ]  # fmt: skip
 
@@ -93,7 +96,7 @@ def lively(engine: DeepSpeedEngine, case: Case) -> None:
     with engine.partitions.published():
         for ranges, flat, _ in engine.partitions.visit(write=True):
             for held in ranges:
-                if "router" in held.name:
+                if "router" in held.name and not held.name.endswith(".residual"):
                     held.range_in(flat).mul_(20.0)
                 if held.name.endswith("later_scale"):
                     held.range_in(flat).fill_(0.5)

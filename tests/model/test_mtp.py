@@ -94,8 +94,8 @@ def test_parts_of_sequences_see_their_neighbors_tokens(count: int) -> None:
 
 
 def test_what_is_summed_does_not_depend_on_the_batch() -> None:
-    """Would catch: a mean over a batch, or sequences that see each other: losses of a batch are the sums of those of its
-    rows, also where one is all padding."""
+    """Would catch: a mean over a batch, or sequences that see each other: losses of a batch are the sums of those of
+    its rows, also where one is all padding."""
     model = build(FURTHER, torch.float64)
     rows = [make_batch([lengths], 12, VOCABULARY, i) for i, lengths in enumerate([*DOCUMENTS, []])]
     single = torch.stack([model(row, ForwardContext(), Output.loss)[0] for row in rows]).sum(0)

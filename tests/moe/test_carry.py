@@ -69,9 +69,9 @@ CHAINS = {
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_logits_add_a_matrix_times_those_before(name: str) -> None:
-    """Would catch: a carry that skips a layer or an iteration, that is what the layer before received instead of what it
-    gave, or a first router with a matrix that nothing is multiplied with. Closed form of MoE++'s gating residuals, each
-    pass from the one before; float64 sums of a few products."""
+    """Would catch: a carry that skips a layer or an iteration, that is what the layer before received instead of what
+    it gave, or a first router with a matrix that nothing is multiplied with. Closed form of MoE++'s gating residuals,
+    each pass from the one before; float64 sums of a few products."""
     with torch.no_grad():
         model = build(architecture(CHAINS[name]), torch.float64)
         seen = Seen(model)
@@ -198,15 +198,16 @@ def types_in_bfloat16(recompute: str) -> set[tuple[str, torch.dtype]]:
 
 
 def test_layouts(parity_table) -> None:
-    """Would catch: a carry of other tokens than the layer's where ranks share sequences, or a second one in recompute."""
+    """Would catch: a carry of other tokens than the layer's where ranks share sequences, or another one in recompute.
+    `check` has float64 and 1e-12."""
     wanted = [run_reference(case) for case in PARITY]
     for case, got, outcomes in zip(PARITY, run_threads(run_cases, 2, PARITY)[0], wanted, strict=True):
         check(case, got, outcomes, "threads", parity_table)
 
 
 def test_what_stays_in_float32() -> None:
-    """Would catch: FSDP casting what is in dataclasses among a block's arguments to the compute type. Logits in bfloat16
-    flip near-ties, counts above 256 are rounded, and so are positions."""
+    """Would catch: FSDP casting what is in dataclasses among a block's arguments to the compute type. Logits in
+    bfloat16 flip near-ties, counts above 256 are rounded, and so are positions."""
     kept = {("carry", torch.float32), ("counts", torch.float64), ("rotation", torch.float32)}
     assert run_threads(types_in_bfloat16, 1, "full")[0] == {*kept, ("stream", torch.bfloat16)}
 

@@ -30,7 +30,7 @@ DIM, TOKENS = 8, 10
 
 def architecture(chain: ChainConfig, balance: BalanceConfig | None = None, top_k: int = 2) -> Architecture:
     return Architecture(
-        model=ModelConfig(dim=DIM, num_layers=1),
+        model=ModelConfig(dim=DIM, num_layers=3),
         attention=GroupedQueryConfig(num_heads=2),
         moe=MoEConfig(num_experts=4, expert_dim=6, chain=chain),
         router=TokenChoiceConfig(top_k=top_k),
