@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -141,24 +142,14 @@ class MegatronEngine(Engine):
         self.layers = moe_layers(self.model)
         for layer in self.layers:
             layer.experts.recompute = setting.parallel.recompute is Recompute.selective
+        # Else it takes the FusedAdam of TransformerEngine or apex where it finds one, whose state has another form.
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
         self._optimizer = get_megatron_optimizer(
             _optimizer_config(self.optim, self.config, dtype), self._chunks, use_gloo_process_groups=False
         )
-        self._refuse_other_steps()
         self._held = held_by(self._optimizer, self._places)
         for group in self._optimizer.param_groups:
             group["weight_decay"] = self.optim.weight_decay * group["wd_mult"]
-
-    def _refuse_other_steps(self) -> None:
-        """Megatron takes the FusedAdam of other packages where it finds one, with a state of another form."""
-        for optimizer in _chained(self._optimizer):
-            inner = optimizer.optimizer
-            if inner is not None and type(inner) is not torch.optim.AdamW:
-                raise ValueError(
-                    f"engine=megatron: Megatron-Core has found {type(inner).__module__} and steps with its "
-                    f"{type(inner).__name__}, whose state our checkpoints cannot hold; uninstall that package (apex or "
-                    "TransformerEngine), which nothing else here uses"
-                )
 
     # -- a step --------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from moe_kernels import moe_mlp
 from moe_kernels.choice import PLAIN, Choice, ExpertKernel, Problem
 from moe_parallel.engines.native import NativeEngine
 from moe_parallel.engines.stages import legal_micro_batches, stage_plan
-from moe_parallel.mesh import Compile, Layout, ParallelMesh
+from moe_parallel.mesh import Compile, Layout, ParallelMesh, PipelineSchedule
 from moe_parallel.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_parallel.options import Config, architecture
 from moe_parallel.planner.cluster import ClusterConfig, Device
@@ -201,7 +201,7 @@ def micro_batches_to_run(config: Config, layout: Layout, layers: int) -> int:
     micro_batches, _ = config.train.micro_batches(layout.batch_ranks)
     if layout.pp == 1:
         return min(micro_batches, 1 if layers > DEEP else 2)
-    fills = 2 * layout.pp if config.parallel.schedule.is_v else layout.pp
+    fills = layout.pp * (1 if config.parallel.schedule is PipelineSchedule.one_f_one_b else 2)
     legal = (n for n in range(min(fills, micro_batches), micro_batches) if legal_micro_batches(config.parallel, n))
     return next(legal, micro_batches)
 

@@ -110,7 +110,15 @@ def _patch_megatron() -> None:
         moe_utils.te_general_gemm = None  # undefined in 0.16 without TransformerEngine, on a GPU as well
 
 
+def _as_with_transformer_engine() -> None:
+    """Megatron as it is beside a FusedAdam of another package: an engine that takes that one would fail here."""
+    import megatron.core.optimizer as optimizers
+
+    optimizers.USING_PYTORCH_OPTIMIZER, optimizers.Adam = False, None
+
+
 _patch_torch()
 _MODE = _OnCpu()
 _MODE.__enter__()
 _patch_megatron()
+_as_with_transformer_engine()

@@ -258,7 +258,11 @@ def load_universal(folder: Path) -> list[tuple[float, float]]:
     found = []
     for name, options in OWN:
         engine = zero.build(replace(CASE, ep=1), **options)
+        groups = engine.zero.optimizer.optimizer.param_groups
+        decays = [group["weight_decay"] for group in groups]
         engine.zero.load_checkpoint(str(folder / name), tag="universal")
+        for group, decay in zip(engine.zero.optimizer.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay  # in stage 3 DeepSpeed gives all groups the options of the first
         found += [train(engine, 2), train(engine, 3)]
         engine.close()
     return found
