@@ -27,7 +27,10 @@ def check(config: Config, ranks: int, device_type: str | None = None) -> Layout:
             return None
 
     layout = attempt(lambda: make_layout(config.parallel, ranks, config.moe.num_experts))
-    batches = None if layout is None else attempt(lambda: config.train.micro_batches(layout.batch_ranks))
+    # A wrong `ep` or `shard` leaves it open how batches are divided no more than a right one does.
+    shared = config.parallel.pp * config.parallel.tp * config.parallel.cp
+    batch_ranks = ranks // shared if shared > 0 and ranks % shared == 0 else None
+    batches = None if batch_ranks is None else attempt(lambda: config.train.micro_batches(batch_ranks))
     # The tokenizer is not known yet.
     shape = attempt(lambda: architecture(config, None if config.model.vocab_size else 1))
     attempt(lambda: config.checkpoint.check_evaluation(config.evaluation.every_steps, config.data.validation_sequences))
@@ -44,23 +47,16 @@ def check(config: Config, ranks: int, device_type: str | None = None) -> Layout:
         attempt(lambda: config.dispatch.check(DispatchSetting(*sizes, device_type, dtype)))
         if shape is not None:
             setting = EngineSetting(
-                shape,
-                layout,
-                config.parallel,
-                config.dispatch,
-                config.optim,
-                device_type,
-                dtype,
+                shape, layout, config.parallel, config.dispatch, config.optim, device_type, dtype,
                 micro_batches=None if batches is None else batches[0],
-            )
+            )  # fmt: skip
             problems += config.engine.problems(setting)
-    if layout is not None and batches is not None:
-        problems += _batch_problems(config, batches[1])
-        sizes_of_batch = BatchShape(
-            layout.batch_ranks, *batches, config.train.sequence_tokens, parts=layout.sequence_ranks
-        )
-        attempt(lambda: config.router.check_batch(sizes_of_batch, config.moe.num_experts))
-        tokens = batches[1] * config.train.sequence_tokens // layout.sequence_ranks
+    if batch_ranks is not None and batches is not None:
+        problems += _batch_problems(config)
+        parts = config.parallel.cp * config.parallel.tp
+        batch = BatchShape(batch_ranks, *batches, config.train.sequence_tokens, parts)
+        attempt(lambda: config.router.check_batch(batch, config.moe.num_experts))
+        tokens = batch.micro_batch_sequences * batch.sequence_tokens // parts
         attempt(lambda: config.moe.check_tokens(tokens, config.router.top_k))
     if layout is None or problems:
         raise ConfigError(problems)
@@ -83,7 +79,7 @@ def _expert_problems(config: Config, layout: Layout) -> list[str]:
     return problems
 
 
-def _batch_problems(config: Config, micro_batch_sequences: int) -> list[str]:
+def _batch_problems(config: Config) -> list[str]:
     tokens, limit = config.train.sequence_tokens, config.model.max_sequence_tokens
     problems = []
     if limit is not None and tokens > limit:

@@ -23,9 +23,12 @@ from moe_parallel.model.counts import (
 )
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
 from moe_parallel.options import Config
-from moe_parallel.planner.cluster import ClusterConfig
+from moe_parallel.planner.cluster import MICRO, ClusterConfig
 from moe_parallel.planner.step_time import Hiding, Pass, StageTime, stage_time
 
+ROW_PASSES, TOKEN_PASSES, LAYER_OPERATIONS = 14, 50, 80
+"""What element-wise operations of a layer's forward pass come to: how often they touch the rows of experts, how often the
+residual stream, and how many they are. Fitted to traces by eye; tests/planner compares."""
 MASTER_BYTES = 4
 """Of a weight and of its gradient as they are reduced."""
 
@@ -180,18 +183,21 @@ class _Work:
         head = 0 if self.stage.head else 2.0 * (counts.head or counts.embedding) * tokens
         experts = routed / shape.router.top_k * (self.rows / tokens / max(1, shape.moe.chain.iterations)) if routed else 0.0
         seconds = cluster.product_seconds
-        row_passes, token_passes = 14, 50  # by eye of traces; see tests/planner
-        traffic = model.num_layers * token_passes * tokens * model.dim
-        traffic += shape.num_moe_layers * row_passes * self.rows * (model.dim + shape.moe.expert_dim)
-        _, held = self._whole_weights()
+        traffic = model.num_layers * TOKEN_PASSES * tokens * model.dim
+        traffic += shape.num_moe_layers * ROW_PASSES * self.rows * (model.dim + shape.moe.expert_dim)
+        dense, held = self._whole_weights()
+        launches = LAYER_OPERATIONS * shape.num_blocks * cluster.kernel_microseconds * MICRO
         return {
-            "matmul": seconds(total - attention - routed - head, cluster.matmul_efficiency, self.compute_bytes),
+            "matmul": max(
+                seconds(total - attention - routed - head, cluster.matmul_efficiency, self.compute_bytes),
+                cluster.memory_seconds(dense / self.layout.tp * self.compute_bytes),
+            ),
             "attention": seconds(attention, cluster.attention_efficiency, self.compute_bytes),
             "experts": max(
                 seconds(experts, cluster.expert_efficiency, self.compute_bytes),
                 cluster.memory_seconds(held * self.compute_bytes),
             ),
-            "other": cluster.memory_seconds(traffic * self.compute_bytes),
+            "other": cluster.memory_seconds(traffic * self.compute_bytes) + launches,
         }
 
     def copies_seconds(self) -> float:

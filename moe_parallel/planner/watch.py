@@ -133,7 +133,9 @@ class Watch:
                 self.live.tag(tensor, Kind.gathered)
         if self._on and self.phases:
             num_bytes = sum(t.numel() * t.element_size() for t in tensors_in(args[place]))
-            seconds = self.cluster.collective_seconds(op, num_bytes, self.cluster.span(ranks))
+            # The fullest rank of experts gets more than it sends, or sends more: the larger way takes the time.
+            most = max(num_bytes, args[0].nbytes) if op == "all_to_all" else num_bytes
+            seconds = self.cluster.collective_seconds(op, most, self.cluster.span(ranks))
             self.phases[-1].messages[Message(op, purpose, ranks)].add(num_bytes, seconds)
 
     def _operation(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:

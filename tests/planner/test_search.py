@@ -159,12 +159,12 @@ def test_time_of_collectives() -> None:
     where a node shares it: by hand, without latency."""
     cluster = dataclasses.replace(
         H200, nodes=4, link_microseconds=0, network_microseconds=0, message_microseconds=0, link_efficiency=1,
-        network_efficiency=1, link_GB_per_second=100, network_GB_per_second=10,
+        network_efficiency=1, link_GB_per_second=200, network_GB_per_second=10,
     )  # fmt: skip
     gigabyte = 1e9
     within, across = Span(8, 1), Span(32, 4)
-    assert cluster.collective_seconds("all_gather", gigabyte, within) == pytest.approx(7 / 8 / 100)
-    assert cluster.collective_seconds("all_reduce", gigabyte, within) == pytest.approx(2 * 7 / 8 / 100)
+    assert cluster.collective_seconds("all_gather", gigabyte, within) == pytest.approx(7 / 8 / 200)
+    assert cluster.collective_seconds("all_reduce", gigabyte, within) == pytest.approx(2 * 7 / 8 / 200)
     assert cluster.collective_seconds("all_gather", gigabyte, across) == pytest.approx(3 / 4 / 80)
     assert cluster.collective_seconds("all_to_all", gigabyte, across) == pytest.approx(3 / 4 / 10)
     assert cluster.collective_seconds("send", gigabyte, Span(2, 2)) == pytest.approx(1 / 10)
