@@ -188,4 +188,5 @@ def help_text(root: type, config_folders: list[Path]) -> str:
 def _groups(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    return [p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.yaml"))]
+    # What a plan knows of machines is no option of a run.
+    return [p.name for p in folder.iterdir() if p.is_dir() and p.name != "cluster" and any(p.glob("*.yaml"))]

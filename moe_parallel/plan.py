@@ -12,28 +12,24 @@ from moe_data.tokenizers import build_tokenizer
 from moe_parallel import launch
 from moe_parallel.mesh import Layout
 from moe_parallel.model.architecture import Architecture
-from moe_parallel.model.counts import Bytes, count_parameters, memory_per_rank, training_flops_per_token
+from moe_parallel.model.counts import count_parameters, training_flops_per_token
 from moe_parallel.model.transformer import Transformer
 from moe_parallel.options import Config, architecture
+from moe_parallel.planner.formulas import stage_memory, stages_of
 from moe_parallel.run_folder import RunFolder
 from moe_parallel.train_options import DType
 
 
 def model_facts(config: Config, layout: Layout, shape: Architecture) -> dict[str, Any]:
-    """Size, cost and memory per rank, for model.json and dry runs."""
+    """Size, cost and memory of the fullest rank by formulas, for model.json and dry runs."""
     counts = count_parameters(shape)
-    _, micro_batch = config.train.micro_batches(layout.ranks)
+    micro_batches, _ = config.train.micro_batches(layout.batch_ranks)
     compute = 4 if config.train.dtype is DType.float32 else 2
     if config.train.dtype is DType.auto and not torch.cuda.is_available() and not config.dry_run:
         compute = 4
-    memory = memory_per_rank(
-        shape,
-        micro_batch * config.train.sequence_tokens,
-        shard=layout.shard,
-        ep=layout.ep,
-        expert_shard=layout.expert_shard,
-        recompute=config.parallel.recompute,
-        size=Bytes(compute=compute),
+    stages = stages_of(config, shape, micro_batches)
+    memory = max(
+        (stage_memory(config, layout, stage, compute) for stage in stages), key=lambda estimate: estimate.total
     )
     return {
         "parameters_total": counts.total,

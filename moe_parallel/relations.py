@@ -48,7 +48,7 @@ def check(config: Config, ranks: int, device_type: str | None = None) -> Layout:
         if shape is not None:
             setting = EngineSetting(
                 shape, layout, config.parallel, config.dispatch, config.optim, device_type, dtype,
-                micro_batches=None if batches is None else batches[0],
+                micro_batches=batches,
             )  # fmt: skip
             problems += config.engine.problems(setting)
     if batch_ranks is not None and batches is not None:

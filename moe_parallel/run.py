@@ -135,7 +135,7 @@ class _Run:
         validation: ValidationData,
     ) -> int:
         config, here = self.config, self.here
-        _prompt(config, tokenizer)
+        _prompt(config, tokenizer, self.layout.sequence_ranks)
         shape = architecture(config, tokenizer.vocab_size)
         identity = plain_architecture(shape)
         dtype = config.train.compute_type(here.device.type)
@@ -183,7 +183,8 @@ class _Run:
     def _say_what_computes(self, engine: Engine) -> None:
         train = self.config.train
         if engine.layers:
-            rows = train.micro_batches(self.layout.batch_ranks)[1] * train.sequence_tokens * self.config.router.top_k
+            tokens = train.micro_batches(self.layout.batch_ranks)[1] * train.sequence_tokens
+            rows = tokens // self.layout.sequence_ranks * self.config.router.top_k
             choice = engine.layers[0].experts.choice(self.here.device, train.compute_type(self.here.device.type), rows)
             log.info("experts are computed by %s: %s", choice.how.value, choice.why)
 
@@ -334,13 +335,18 @@ def _finish(config: Config, trainer: Trainer, tokenizer: Tokenizer, folder: RunF
         tracker.info(line)
 
 
-def _prompt(config: Config, tokenizer: Tokenizer) -> list[int]:
-    """Tokens that the sample starts from; refuses, before any training, a sample that cannot be made."""
+def _prompt(config: Config, tokenizer: Tokenizer, parts: int) -> list[int]:
+    """Tokens that the sample starts from; refuses, before any training, a sample that cannot be made.
+
+    Args:
+        parts: equal parts that every sequence is cut into, after padding.
+    """
     evaluation, limit = config.evaluation, config.model.max_sequence_tokens
     prompt = [int(token) for token in tokenizer.encode(evaluation.sample_prompt)]
     if evaluation.sample_tokens and not prompt:
         raise ValueError(f"evaluation.sample_prompt={evaluation.sample_prompt!r} has no token; give some text")
-    if evaluation.sample_tokens and limit is not None and len(prompt) + evaluation.sample_tokens > limit:
+    length = len(prompt) + evaluation.sample_tokens
+    if evaluation.sample_tokens and limit is not None and length + -length % parts > limit:
         raise ValueError(
             f"evaluation.sample_tokens={evaluation.sample_tokens} after a prompt of {len(prompt)} tokens is more than "
             f"model.max_sequence_tokens={limit}; lower sample_tokens, or set it to 0 for no sample"
@@ -353,13 +359,17 @@ def _sample(config: Config, trainer: Trainer, tokenizer: Tokenizer) -> str | Non
     evaluation = config.evaluation
     if evaluation.sample_tokens == 0:
         return None
-    prompt = _prompt(config, tokenizer)
-    ids = generate(
-        trainer.engine.logits,
-        prompt,
-        evaluation.sample_tokens,
-        temperature=evaluation.sample_temperature,
-        seed=config.train.seed,
-        allowed_ids=tokenizer.vocab_size,
-    )
+    prompt = _prompt(config, tokenizer, trainer.engine.layout.sequence_ranks)
+    try:
+        ids = generate(
+            trainer.engine.logits,
+            prompt,
+            evaluation.sample_tokens,
+            temperature=evaluation.sample_temperature,
+            seed=config.train.seed,
+            allowed_ids=tokenizer.vocab_size,
+        )
+    except FloatingPointError as error:  # on all ranks: they have the same logits
+        trainer.tracker.warning(f"no sample: {error}")
+        return None
     return tokenizer.decode([*prompt, *ids])

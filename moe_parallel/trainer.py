@@ -182,7 +182,7 @@ class Trainer:
         evaluate = last or (every > 0 and step % every == 0)
         if evaluate or config.tracking.log_due(step, config.train.steps):
             metrics |= self.meter.take()
-            metrics["memory/peak_GiB"] = peak_memory_bytes(self.engine.device) / 2**30
+            metrics["memory/peak_GiB"] = self._most(peak_memory_bytes(self.engine.device) / 2**30)
             self.unlogged = metrics
         if last:
             return
@@ -252,6 +252,12 @@ class Trainer:
         if totals[-1] > 0:
             raise Stopped
         return [int(total) for total in totals[:-1]]
+
+    def _most(self, number: float) -> float:
+        """The largest of all ranks."""
+        most = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return float(most)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -5,9 +5,9 @@ python scripts/plan.py experiment=pretrain_olmoe_1b_7b cluster=h100_x256 paralle
 python scripts/plan.py model=olmoe_1b_7b cluster=a100_x64 cluster.nodes=2 cluster.matmul_efficiency=0.55
 
 Takes the options of train.py; those of `parallel` that are given stay as they are, the search chooses the others
-(plan.search=false plans the given layout). Besides: cluster=NAME and cluster.OPTION (machines, rates, what is reached of
-them), plan.OPTION (how to plan). Writes plan.txt, plan.png and experiment/plan.yaml, which train.py accepts, into the run's
-folder. Nothing is trained and no GPU is needed. Exit code 0 if a layout fits, 1 if none does, 2 for a mistake in the options.
+(plan.search=false plans the given layout). Besides: cluster=NAME and cluster.OPTION (machines, rates, what is reached
+of them), plan.OPTION (how to plan). Writes plan.txt, plan.png and experiment/plan.yaml, which train.py accepts, into
+the run's folder. Nothing is trained, no GPU is needed. Exit code 0 if a layout fits, 1 if none does, 2 for a mistake.
 """
 
 from __future__ import annotations
@@ -94,13 +94,17 @@ def write(question: Question, answer: Answer, lines: list[str], given: list[str]
 def experiment(answer: Answer, given: list[str]) -> str:
     """The winner as a file for --config-dir: what the command line chose, and what was found."""
     parsed = OverridesParser.create().parse_overrides(given)
-    groups = {o.key_or_group: o.value() for o in parsed if "." not in o.key_or_group and (CONFIGS / o.key_or_group).is_dir()}
+    groups = {
+        o.key_or_group: o.value() for o in parsed if "." not in o.key_or_group and (CONFIGS / o.key_or_group).is_dir()
+    }
     defaults: list[Any] = [groups.pop("experiment")] if "experiment" in groups else []
     defaults += [{f"override /{group}": choice} for group, choice in groups.items()]
     values = OmegaConf.from_dotlist([a for a in given if "." in a.split("=")[0]])
     winner = answer.best[0].config
     chosen = {
-        "parallel": {k: v for k, v in options.plain(dataclasses.asdict(winner.parallel)).items() if k != "timeout_seconds"},
+        "parallel": {
+            k: v for k, v in options.plain(dataclasses.asdict(winner.parallel)).items() if k != "timeout_seconds"
+        },
         "train": {"micro_batch_sequences": winner.train.micro_batch_sequences},
     }
     merged = OmegaConf.to_container(OmegaConf.merge(values, chosen))

@@ -43,7 +43,8 @@ def problems(arguments: argparse.Namespace) -> tuple[list[Problem], int]:
     device = torch.device(launch.device_type())
     dtype = config.train.compute_type(device.type)
     num_experts, top_k = config.moe.num_experts // layout.ep, config.router.top_k
-    tokens = config.train.micro_batches(layout.ranks)[1] * config.train.sequence_tokens
+    _, sequences = config.train.micro_batches(layout.batch_ranks)
+    tokens = sequences * config.train.sequence_tokens // layout.sequence_ranks
     # Balanced: each of the ranks of ep sends as many rows as it gets.
     rows = [max(tokens * top_k // num_experts, 1)]
     if arguments.rows is not None:

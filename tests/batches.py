@@ -24,9 +24,10 @@ def make_batch(rows: Sequence[Sequence[int]], sequence_tokens: int, vocabulary: 
         target_S = torch.full((sequence_tokens,), IGNORE)
         position_S = torch.zeros(sequence_tokens, dtype=torch.int64)
         document_S = torch.full((sequence_tokens,), -1)
-        start = 0
+        start, begun = 0, set()
         for index, length in enumerate(lengths):
             end = start + length
+            _begin_apart(token_S, start, length, vocabulary, begun)
             target_S[start : end - 1] = token_S[start + 1 : end]
             position_S[start:end] = torch.arange(length)
             document_S[start:end] = index
@@ -48,6 +49,17 @@ def make_batch(rows: Sequence[Sequence[int]], sequence_tokens: int, vocabulary: 
         num_targets=int((target_BS != IGNORE).sum()),
         num_valid=int((document_BS >= 0).sum()),
     )
+
+
+def _begin_apart(token_S: Tensor, start: int, length: int, vocabulary: int, begun: set[int]) -> None:
+    """Make a document begin unlike the others of its row, and its second token unlike its first: else two tokens of a
+    row had the same hidden states but for rounding, and any choice between them would hang on that."""
+    while length and int(token_S[start]) in begun and len(begun) < vocabulary:
+        token_S[start] = (token_S[start] + 1) % vocabulary
+    if length > 1 and token_S[start + 1] == token_S[start]:
+        token_S[start + 1] = (token_S[start + 1] + 1) % vocabulary
+    if length:
+        begun.add(int(token_S[start]))
 
 
 def join_batches(batches: Sequence[TokenBatch]) -> TokenBatch:

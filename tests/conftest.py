@@ -12,7 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 _PARITY_HEAD = (
-    "parity with one process", "tier", "ranks", "pp", "tp", "cp", "ep", "shard", "recompute", "micro", "worst gradient", "allowed"
+    "parity with one process", "tier", "ranks", "pp", "tp", "cp", "ep", "shard", "recompute", "micro",
+    "worst gradient", "allowed",
 )  # fmt: skip
 _PLAN_HEAD = (
     "built, sharded and run on fake ranks", "ranks", "rank", "ep", "shard", "recompute", "micro-batch", "M weights",

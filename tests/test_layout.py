@@ -101,8 +101,8 @@ def members(options):
 
 
 def test_who_shares_what():
-    """Groups of 8 ranks as 2 stages of cp 2 x tp 2: a swapped axis exchanges tokens between the wrong ranks, which keeps
-    shapes right. Written out by hand for rank 5: stage 1, first half of the sequence, second head group."""
+    """Groups of 8 ranks as 2 stages of cp 2 x tp 2: a swapped axis exchanges tokens between the wrong ranks, which
+    keeps shapes right. Written out by hand for rank 5: stage 1, first half of the sequence, second head group."""
     found = run_threads(members, 8, {"pp": 2, "cp": 2, "tp": 2, "ep": 2})[5]
     assert found["stage"] == [4, 5, 6, 7]
     assert found["pp"] == [1, 5]

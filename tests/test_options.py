@@ -18,7 +18,8 @@ from moe_parallel import options, relations
 from tests.runs import ROOT, TRAIN, Runner, checkpoints, curve
 
 CONFIGS = ROOT / "configs"
-GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
+GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir() and folder.name != "cluster")
+"""Of train.py: `cluster` is scripts/plan.py's."""
 
 
 def composed(*overrides: str) -> options.Config:

@@ -27,8 +27,8 @@ class EngineSetting:
     """What the ranks compute on; None if that is not known, in a plan."""
     dtype: torch.dtype | None = None
     """What they compute in; None likewise."""
-    micro_batches: int | None = None
-    """Of a rank in a step; None if that is not known."""
+    micro_batches: tuple[int, int] | None = None
+    """Of a rank in a step, and the sequences of one; None if that is not known."""
 
 
 @dataclass(kw_only=True)
@@ -48,5 +48,5 @@ class NativeEngineConfig(EngineConfig):
         parallel = setting.parallel
         found = pipeline_problems(parallel, setting.architecture, setting.device_type)
         if not found and setting.micro_batches is not None:
-            found += micro_batch_problems(parallel, setting.micro_batches)
+            found += micro_batch_problems(parallel, *setting.micro_batches)
         return found

@@ -166,7 +166,7 @@ def shard_weights(
     # float32 there on purpose, such as rotations, counts and what routers hand on.
     policy = MixedPrecisionPolicy(dtype, master, cast_forward_inputs=False) if mixed else MixedPrecisionPolicy()
     # Other schedules free a stage's weights themselves: between its forward and backward passes they may be needed.
-    reshard = config.reshard_after_forward and config.schedule is PipelineSchedule.one_f_one_b
+    reshard = config.reshard_after_forward and (config.pp == 1 or config.schedule is PipelineSchedule.one_f_one_b)
 
     def shard(modules: nn.Module | list[nn.Module], over: DeviceMesh, place: _Place | None = None) -> None:
         fully_shard(modules, mesh=over, reshard_after_forward=reshard, mp_policy=policy, shard_placement_fn=place)

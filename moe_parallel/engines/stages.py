@@ -85,10 +85,15 @@ def pipeline_problems(config: ParallelConfig, architecture: Architecture, device
     """Why there is no such pipeline, with the remedy of each."""
     if config.pp > 1:
         return [*_stages(config, architecture), *_schedule(config, architecture, device_type)]
+    given = {
+        "schedule": None if config.schedule is PipelineSchedule.one_f_one_b else config.schedule.value,
+        "stages_per_rank": None if config.stages_per_rank == 1 else config.stages_per_rank,
+        "stage_layers": config.stage_layers,
+    }
     return [
-        f"parallel.{name}={value} divides a pipeline, but parallel.pp=1 has none; leave it out"
-        for name, value in (("stages_per_rank", config.stages_per_rank), ("stage_layers", config.stage_layers))
-        if value not in (None, 1)
+        f"parallel.{name}={value} is of a pipeline, but parallel.pp=1 has none; leave it out"
+        for name, value in given.items()
+        if value is not None
     ]
 
 
@@ -181,16 +186,17 @@ def _torch_version() -> tuple[int, ...]:
     return tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2])
 
 
-def micro_batch_problems(config: ParallelConfig, micro_batches: int) -> list[str]:
-    """Whether a step has a number of micro-batches that the schedule can order."""
+def micro_batch_problems(config: ParallelConfig, micro_batches: int, sequences: int) -> list[str]:
+    """Whether a step has a number of micro-batches, of so many sequences, that the schedule can order."""
     if config.pp == 1 or legal_micro_batches(config, micro_batches):
         return []
-    near = sorted(range(1, micro_batches + 4 * config.pp), key=lambda number: abs(number - micro_batches))
-    nearest = sorted([number for number in near if legal_micro_batches(config, number)][:2])
+    rows = micro_batches * sequences
+    legal = [d for d in range(1, rows + 1) if rows % d == 0 and legal_micro_batches(config, rows // d)]
+    remedy = f"legal values of train.micro_batch_sequences: {legal}"
     return [
         f"parallel.schedule={config.schedule.value} with parallel.pp={config.pp} cannot order the {micro_batches} "
-        f"micro-batches that a rank has in a step; the nearest numbers that it can: {nearest}; change "
-        "train.micro_batch_sequences or train.global_batch_tokens"
+        f"micro-batches of {sequences} sequences that a rank has in a step; "
+        f"{remedy if legal else 'raise train.global_batch_tokens, or lower parallel.pp'}"
     ]
 
 

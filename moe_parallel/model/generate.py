@@ -51,6 +51,8 @@ def generate(
         allowed_ids: sample only ids below this; a head may have more rows than the tokenizer has ids.
     Returns:
         The new ids, without the prompt.
+    Raises:
+        FloatingPointError: the model's logits are not finite.
     """
     _check(prompt, num_tokens, temperature, top_k)
     generator = torch.Generator().manual_seed(seed)
@@ -90,6 +92,8 @@ def _one_document(ids: list[int]) -> TokenBatch:
 
 
 def _sample(logits_V: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    if not bool(torch.isfinite(logits_V).all()):
+        raise FloatingPointError("the logits are not finite")
     if temperature == 0:
         return int(logits_V.argmax())
     if top_k is not None:

@@ -1,7 +1,7 @@
 """What a plan must know of the machines: their number, their rates, and how long a collective takes on them.
 
-Rates are those of data sheets, in their units (GB: 10^9 bytes); efficiencies say what of them is reached. Both are options:
-measured rates take the place of the sheet's with an efficiency of 1.
+Rates are those of data sheets, in their units (GB: 10^9 bytes); efficiencies say what of them is reached. Both are
+options: measured rates take the place of the sheet's with an efficiency of 1.
 """
 
 from __future__ import annotations

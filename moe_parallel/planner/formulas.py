@@ -20,6 +20,7 @@ from moe_parallel.model.counts import (
     count_parameters,
     forward_flops_per_token,
     memory_per_rank,
+    padded_experts,
 )
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
 from moe_parallel.options import Config
@@ -27,8 +28,8 @@ from moe_parallel.planner.cluster import MICRO, ClusterConfig
 from moe_parallel.planner.step_time import Hiding, Pass, StageTime, stage_time
 
 ROW_PASSES, TOKEN_PASSES, LAYER_OPERATIONS = 14, 50, 80
-"""What element-wise operations of a layer's forward pass come to: how often they touch the rows of experts, how often the
-residual stream, and how many they are. Fitted to traces by eye; tests/planner compares."""
+"""What element-wise operations of a layer's forward pass come to: how often they touch the rows of experts, how often
+the residual stream, and how many they are. Fitted to traces by eye; tests/planner compares."""
 MASTER_BYTES = 4
 """Of a weight and of its gradient as they are reduced."""
 
@@ -84,7 +85,7 @@ def stage_memory(
     """Peak of a rank of one stage."""
     parallel = config.parallel
     micro_batches, _ = config.train.micro_batches(layout.batch_ranks)
-    return memory_per_rank(
+    estimate = memory_per_rank(
         stage.architecture,
         micro_batch_tokens(config, layout),
         shard=layout.shard,
@@ -100,6 +101,12 @@ def stage_memory(
         imbalance=imbalance,
         size=Bytes(compute=compute_bytes),
     )
+    if layout.pp == 1:
+        return estimate
+    # torch's schedules have a buffer for what each micro-batch receives: the stream, or its gradient, of each stage.
+    received = 2 * stages_per_rank(parallel) - stage.embedding - stage.head
+    stream = micro_batch_tokens(config, layout) * stage.architecture.model.dim * compute_bytes
+    return replace(estimate, activations=estimate.activations + micro_batches * received * stream)
 
 
 def estimated_time(
@@ -119,7 +126,9 @@ def estimated_time(
     gather, reduce, replicas = work.weights_seconds()
     several = config.parallel.reshard_after_forward
     between = {"stages": work.stage_seconds()}
-    there = Pass(forward, {"rows": rows, "sequences": sequences, "weights": gather, "sums": work.sums_seconds(), **between})
+    there = Pass(
+        forward, {"rows": rows, "sequences": sequences, "weights": gather, "sums": work.sums_seconds(), **between}
+    )
     back = Pass(
         backward,
         {
@@ -131,7 +140,9 @@ def estimated_time(
     )
     last_only = {"weights": replicas + (0.0 if several else reduce)}
     optimizer = Pass({"other": cluster.memory_seconds(work.held_weights() * 28)}, {})
-    return stage_time(there, back, last_only, optimizer, hiding(config, layout, stage.architecture, cluster, compute_bytes))
+    return stage_time(
+        there, back, last_only, optimizer, hiding(config, layout, stage.architecture, cluster, compute_bytes)
+    )
 
 
 def hiding(
@@ -181,9 +192,11 @@ class _Work:
         attention = total - forward_flops_per_token(shape, 0) * tokens  # without what one token costs itself
         routed = 2.0 * counts.routed_active * tokens
         head = 0 if self.stage.head else 2.0 * (counts.head or counts.embedding) * tokens
-        experts = routed / shape.router.top_k * (self.rows / tokens / max(1, shape.moe.chain.iterations)) if routed else 0.0
+        experts = (
+            routed / shape.router.top_k * (self.rows / tokens / max(1, shape.moe.chain.iterations)) if routed else 0.0
+        )
         seconds = cluster.product_seconds
-        traffic = model.num_layers * TOKEN_PASSES * tokens * model.dim
+        traffic: float = model.num_layers * TOKEN_PASSES * tokens * model.dim
         traffic += shape.num_moe_layers * ROW_PASSES * self.rows * (model.dim + shape.moe.expert_dim)
         dense, held = self._whole_weights()
         launches = LAYER_OPERATIONS * shape.num_blocks * cluster.kernel_microseconds * MICRO
@@ -225,9 +238,12 @@ class _Work:
         """Gathers and scatters of tp, all-to-alls of cp, in one forward pass."""
         shape, layout, size = self.stage.architecture, self.layout, self.tokens * self.compute_bytes
         model, attention = shape.model, shape.attention
-        total = 0.0
+        total: float = 0
         if layout.tp > 1:
-            once = sum(self._collective(op, size * model.dim * layout.tp, 1, layout.tp) for op in ("all_gather", "reduce_scatter"))
+            once = sum(
+                self._collective(op, size * model.dim * layout.tp, 1, layout.tp)
+                for op in ("all_gather", "reduce_scatter")
+            )
             total += (shape.num_blocks + model.first_dense_layers) * once
         if layout.cp > 1:
             width = getattr(attention, "query_head_dim", None) or attention.head_width(model.dim)  # type: ignore[attr-defined]
@@ -239,9 +255,12 @@ class _Work:
         """Gathering all weights once, reducing their gradients over shards, and those over replicas."""
         layout = self.layout
         dense, routed = self._whole_weights()
+        routed = int(routed * padded_experts(self.stage.architecture, layout.ep, layout.expert_shard))
         whole, parts, here = layout.shard * layout.tp, layout.expert_shard, layout.ep * layout.expert_shard
 
-        def by_layer(op: str, dense_bytes: int, whole_groups: tuple[int, int], routed_bytes: int, groups: tuple[int, int]) -> float:
+        def by_layer(
+            op: str, dense_bytes: int, whole_groups: tuple[int, int], routed_bytes: int, groups: tuple[int, int]
+        ) -> float:
             layers = self.stage.architecture.num_blocks
             once = self._collective(op, dense_bytes / layers, *whole_groups)
             return layers * (once + self._collective(op, routed_bytes / layers, *groups))
@@ -277,7 +296,12 @@ class _Work:
     def _whole_weights(self) -> tuple[int, int]:
         """Weights that this rank works with: dense ones, and routed experts of its place in `ep`."""
         stage, counts = self.stage, self.counts
-        dense = counts.total - counts.routed - (0 if stage.embedding else counts.embedding) - (0 if stage.head else counts.head)
+        dense = (
+            counts.total
+            - counts.routed
+            - (0 if stage.embedding else counts.embedding)
+            - (0 if stage.head else counts.head)
+        )
         return dense, counts.routed // self.layout.ep
 
     def _collective(self, op: str, num_bytes: float, stride: int, ranks: int) -> float:

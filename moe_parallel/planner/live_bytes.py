@@ -1,7 +1,7 @@
 """What is alive on a rank while it runs: every storage as it comes and goes, and what kind of thing it was.
 
-The same eyes watch a real run and one on fake tensors. Views count once. What allocators, libraries and kernels take for
-themselves is not seen.
+The same eyes watch a real run and one on fake tensors. Views count once. What allocators, libraries and kernels take
+for themselves is not seen.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
 
 class Kind(str, Enum):
@@ -25,6 +27,7 @@ class Kind(str, Enum):
 
     weights = "weights"
     gradients = "gradients"
+    """Those that the optimizer takes, and whole ones that wait for later micro-batches."""
     optimizer = "optimizer"
     activations = "activations"
     """Made in a forward pass and alive at its end."""
@@ -68,6 +71,8 @@ class LiveBytes:
         self.now = self.time = 0
         self.in_fsdp = False
         """FSDP gathers weights or reduces gradients."""
+        self.in_theory = False
+        """DTensor works out the shape of a result, on tensors that are not there in a real run."""
         self.phases: list[tuple[str, int]] = []
         self._start = 0
         self._pieces: list[Piece] = []
@@ -112,8 +117,11 @@ class LiveBytes:
                     if hasattr(module, name):
                         stack.enter_context(replaced(module, name, self._resizing(getattr(module, name))))
             for name in ("foreach_all_gather", "foreach_reduce"):
-                entering = self._entering(getattr(_fsdp_param_group, name))
+                entering = self._entering("in_fsdp", getattr(_fsdp_param_group, name))
                 stack.enter_context(replaced(_fsdp_param_group, name, entering))
+            name = "_propagate_tensor_meta_non_cached"
+            entering = self._entering("in_theory", getattr(ShardingPropagator, name))
+            stack.enter_context(replaced(ShardingPropagator, name, entering))
             yield
 
     def _resizing(self, resize: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
@@ -126,13 +134,13 @@ class LiveBytes:
 
         return call
 
-    def _entering(self, communicate: Callable[..., Any]) -> Callable[..., Any]:
+    def _entering(self, place: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.in_fsdp = True
+            setattr(self, place, True)
             try:
-                return communicate(*args, **kwargs)
+                return function(*args, **kwargs)
             finally:
-                self.in_fsdp = False
+                setattr(self, place, False)
 
         return call
 
@@ -157,7 +165,7 @@ class LiveBytes:
         whole = total.sum(axis=0)
         peak = int(whole.argmax())
         cuts = np.unique(np.linspace(0, len(whole), points + 1, dtype=np.int64))
-        chosen = np.array([a + int(whole[a:b].argmax()) for a, b in zip(cuts[:-1], cuts[1:])])
+        chosen = np.array([a + int(whole[a:b].argmax()) for a, b in pairwise(cuts)])
         return Timeline(
             time=chosen.tolist(),
             bytes_by_kind={kind.value: total[i, chosen].tolist() for i, kind in enumerate(kinds)},
@@ -167,6 +175,20 @@ class LiveBytes:
             peak_time=peak,
         )
 
+    def kept_bytes(self) -> int:
+        """What passes of micro-batches left behind at the beginning of the phase "end", and buffers made for them, but
+        for weights and gradients."""
+        end = next(start for name, start in self.phases if name == "end")
+        ends = [start for _, start in self.phases[1:]] + [self.time]
+        starts = [start for _, start in self.phases]
+        kept = 0
+        for piece in (piece for piece in self._pieces if piece.changes):
+            index = bisect_right(starts, piece.birth) - 1
+            forward = self.phases[index][0].startswith(("start", "forward"))
+            if forward and self._kind(piece, starts, ends) in (Kind.activations, Kind.exchanged, Kind.temporary):
+                kept += sum(change for when, change in piece.changes if when < end)
+        return kept
+
     def _kind(self, piece: Piece, starts: list[int], ends: list[int]) -> Kind:
         if piece.kind is not None:
             return piece.kind
@@ -175,6 +197,10 @@ class LiveBytes:
             died = piece.changes[-1][0] if piece.now == 0 else self.time + 1
             if died > ends[index]:
                 return Kind.activations
+        elif index >= 0 and self.phases[index][0].startswith("backward") and not piece.exchanged:
+            died = piece.changes[-1][0] if piece.now == 0 else self.time + 1
+            if died > ends[index]:
+                return Kind.gradients
         return Kind.exchanged if piece.exchanged else Kind.temporary
 
 
@@ -206,5 +232,3 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 def storage_bytes(tensor: Tensor) -> int:
     """Bytes that an operator touches: an expanded tensor has less memory than elements."""
     return min(tensor.numel() * tensor.element_size(), local(tensor).untyped_storage().nbytes())
-
-

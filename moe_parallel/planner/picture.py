@@ -16,7 +16,7 @@ GIB = 2**30
 
 def draw(question: Question, answer: Answer, path: Path) -> None:
     """Write the picture of a plan that fits."""
-    figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(12, 5.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     best = answer.best[0]
@@ -26,7 +26,7 @@ def draw(question: Question, answer: Answer, path: Path) -> None:
         _estimate(left, best)
     left.axhline(question.cluster.usable_bytes / GIB, color="black", linestyle="--", linewidth=0.8, label="usable")
     left.set(ylabel="GiB on the fullest rank", ylim=(0, None))
-    left.legend(fontsize=7, loc="upper right")
+    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
     _bars(right, answer.best[: min(8, question.plan.show)])
     figure.suptitle(f"{question.cluster.ranks} x {question.cluster.name}: prediction")
     figure.savefig(path)
@@ -60,4 +60,4 @@ def _bars(axes: Axes, best: list[Planned]) -> None:
             start = [a + b for a, b in zip(start, seconds)]
     axes.invert_yaxis()
     axes.set(xlabel="seconds a step", title="layouts in the order of the table (* by formulas)")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)

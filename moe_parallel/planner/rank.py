@@ -34,11 +34,10 @@ from moe_parallel.planner.cluster import ClusterConfig, Device
 from moe_parallel.planner.live_bytes import Kind, Timeline, local, replaced
 from moe_parallel.planner.watch import Phase, Watch, Watching, WithoutMemory
 from moe_parallel.relations import check
-from moe_parallel.relations import check
 
 DEEP = 32
-"""Ranks with more layers take one micro-batch, to save time: the last, which finds the gradients of earlier ones. Others
-take two at most: the first, and the last. A pipeline takes as many as fill it."""
+"""Ranks with more layers take one micro-batch, to save time: the last, which finds the gradients of earlier ones.
+Others take two at most: the first, and the last. A pipeline takes as many as fill it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,13 @@ class RankTrace:
     weights: list[Weight]
     timeline: Timeline
     phases: list[Phase]
+    kept_bytes: int = 0
+    """What a micro-batch of a pipeline takes for the whole step: torch's schedules have buffers for each."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most that is alive at once, with all micro-batches of the step."""
+        return self.timeline.peak_bytes + (self.micro_batches - self.taken) * self.kept_bytes
 
 
 class WatchedEngine(NativeEngine):
@@ -106,7 +112,8 @@ class WatchedEngine(NativeEngine):
 
     def watched_step(self, batches: list[TokenBatch], step: int) -> dict[str, tuple[int, ...]]:
         """One whole step, as the trainer takes it. Returns the shapes of the gradients."""
-        tokens = sum(batch.num_targets for batch in batches) * self.layout.batch_ranks
+        targets = sum(batch.num_targets for batch in batches) * self.layout.batch_ranks
+        valid = sum(batch.num_valid for batch in batches) * self.layout.batch_ranks
         began = 0
 
         def forward(*_: Any) -> None:
@@ -134,7 +141,7 @@ class WatchedEngine(NativeEngine):
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     self.watch.live.tag(parameter.grad, Kind.gradients)
-            sums, _ = self.forward_backward(batches, step, tokens, tokens)
+            sums, _ = self.forward_backward(batches, step, targets, valid)
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     self.watch.live.tag(parameter.grad, Kind.gradients)
@@ -158,12 +165,14 @@ class WatchedEngine(NativeEngine):
 def group_purposes(mesh: ParallelMesh) -> Mapping[tuple[str, str], str]:
     """What each collective among a group of the mesh is for; of groups of the same ranks torch may make one."""
     tp, cp, stages = mesh.tp_group.group_name, mesh.cp_group.group_name, mesh.pp_group.group_name
-    named = {(op, tp): "tp" for op in ("all_gather", "reduce_scatter")}
+    named: dict[tuple[str, str], str] = {(op, tp): "tp" for op in ("all_gather", "reduce_scatter")}
     named[("all_to_all", cp)] = "cp"
     return named | {("all_to_all", mesh.ep.get_group().group_name): "experts", ("send", stages): "stages"}
 
 
-def plan_rank(config: Config, cluster: ClusterConfig, rank: int, *, imbalance: float = 1.0, run: bool = True) -> RankTrace:
+def plan_rank(
+    config: Config, cluster: ClusterConfig, rank: int, *, imbalance: float = 1.0, run: bool = True
+) -> RankTrace:
     """Run one rank of `config` on the ranks that it names, on fake tensors.
 
     Args:
@@ -191,7 +200,8 @@ def plan_rank(config: Config, cluster: ClusterConfig, rank: int, *, imbalance: f
                 gradients = engine.watched_step(batches, step=1)
         weights = [engine.weight(name, gradients.get(name)) for name, _ in engine.model.named_parameters()]
         timeline = watch.live.timeline() if run else Timeline([], {}, [], 0, {}, 0)
-        return RankTrace(layout, rank, sequences, micro_batches, taken, weights, timeline, watch.phases)
+        kept = watch.live.kept_bytes() // taken if run and layout.pp > 1 else 0
+        return RankTrace(layout, rank, sequences, micro_batches, taken, weights, timeline, watch.phases, kept)
     finally:
         dist.destroy_process_group()
 
@@ -201,7 +211,8 @@ def micro_batches_to_run(config: Config, layout: Layout, layers: int) -> int:
     micro_batches, _ = config.train.micro_batches(layout.batch_ranks)
     if layout.pp == 1:
         return min(micro_batches, 1 if layers > DEEP else 2)
-    fills = layout.pp * (1 if config.parallel.schedule is PipelineSchedule.one_f_one_b else 2)
+    # With two more, gradients of the first wait while as many as ever are in flight.
+    fills = layout.pp * (1 if config.parallel.schedule is PipelineSchedule.one_f_one_b else 2) + 2
     legal = (n for n in range(min(fills, micro_batches), micro_batches) if legal_micro_batches(config.parallel, n))
     return next(legal, micro_batches)
 
@@ -263,7 +274,7 @@ def even_batch(rows: int, length: int) -> TokenBatch:
 
 def _copied(batch: TokenBatch) -> TokenBatch:
     """A batch of the host, as it arrives on a device."""
-    moved = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    moved: dict[str, Any] = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
     return dataclasses.replace(batch, **moved, whole=None if batch.whole is None else _copied(batch.whole))
 
 
@@ -309,12 +320,30 @@ class _Norm(torch.autograd.Function):
         return torch.addcmul(grad, x, x), weight.new_zeros(weight.shape)
 
 
+class _Sent:
+    """A message on its way, which keeps its tensors as a real one does."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+
+    def wait(self, *_: Any) -> bool:
+        return True
+
+
 def _make_schedules_plannable(stack: ExitStack) -> None:
-    """Without the one value that torch's schedules ask a tensor for: a vote on shapes, which are known here."""
+    """Without the one value that torch's schedules ask a tensor for: a vote on shapes, which are known here. Messages
+    hold what they send."""
 
     def all_static(self: Any, stages: list[Any], *_: Any) -> None:
         for stage in stages:
             stage._inference_mode = InferenceMode.STATIC
 
+    send = dist.ProcessGroup.send
+
+    def held(group: Any, tensors: list[Tensor], *args: Any) -> Any:
+        send(group, tensors, *args)
+        return _Sent(tensors)
+
+    stack.enter_context(replaced(dist.ProcessGroup, "send", held))
     for schedule in (PipelineScheduleSingle, PipelineScheduleMulti):
         stack.enter_context(replaced(schedule, "_warmup_p2p", all_static))

@@ -1,4 +1,4 @@
-"""A plan in words: layouts in order, where the time and the memory go, what limits and what would help, what was assumed."""
+"""A plan in words: layouts in order, where time and memory go, what limits and what would help, what was assumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,21 @@ from moe_parallel.planner.step_time import PARTS
 from moe_parallel.planner.trace_time import messages_of_step
 
 GIB = 2**30
-COLUMNS = ("", "seconds", "tokens/s", "MFU %", "GiB", "pp", "tp", "cp", "ep", "shard", "recompute", "reshard", "micro-batch")
+COLUMNS = (
+    "",
+    "seconds",
+    "tokens/s",
+    "MFU %",
+    "GiB",
+    "pp",
+    "tp",
+    "cp",
+    "ep",
+    "shard",
+    "recompute",
+    "reshard",
+    "micro-batch",
+)
 
 
 def tokens_per_second(question: Question, planned: Planned) -> float:
@@ -32,10 +46,11 @@ def report(question: Question, answer: Answer) -> list[str]:
     shape, cluster, train = question.shape, question.cluster, question.config.train
     counts = count_parameters(shape)
     lines = [
-        f"{counts.total / 1e9:.2f} B parameters, {counts.active / 1e9:.2f} B active, on {cluster.ranks} x {cluster.name}"
-        f" ({cluster.nodes} nodes); a step of {train.global_batch_tokens:,} tokens in sequences of {train.sequence_tokens:,}",
-        f"{answer.legal:,} legal combinations of degrees; of {answer.tried:,} layouts of the best, {answer.fitting:,} fit in "
-        f"{cluster.usable_bytes / GIB:.0f} GiB a rank",
+        f"{counts.total / 1e9:.2f} B parameters, {counts.active / 1e9:.2f} B active, on {cluster.ranks} x "
+        f"{cluster.name} ({cluster.nodes} nodes); a step of {train.global_batch_tokens:,} tokens in sequences of "
+        f"{train.sequence_tokens:,}",
+        f"{answer.legal:,} legal combinations of degrees; of {answer.tried:,} layouts of the best, {answer.fitting:,} "
+        f"fit in {cluster.usable_bytes / GIB:.0f} GiB a rank",
     ]
     if not answer.best:
         return lines + list(_nothing_fits(question, answer))
@@ -54,7 +69,7 @@ def _nothing_fits(question: Question, answer: Answer) -> Iterator[str]:
     yield from _memory(least)
     state = need.weights + need.gradients + need.optimizer
     if state > have / 2:
-        yield f"weights, gradients and optimizer state alone are {state / GIB:.1f} GiB a rank: only more ranks, or offload, help"
+        yield f"weights, gradients and optimizer state alone are {state / GIB:.1f} GiB a rank: use more ranks"
     else:
         yield "shorter sequences (train.sequence_tokens) or ranks that share them (parallel.cp, parallel.tp) would help"
 
@@ -85,7 +100,9 @@ def _memory(planned: Planned) -> Iterator[str]:
         timeline = fullest.timeline
         parts = {name: value for name, value in timeline.peak_by_kind.items() if value}
         phase = [name for name, start in timeline.phases if start <= timeline.peak_time][-1:]
-        yield f"memory  {timeline.peak_bytes / GIB:.2f} GiB on rank {fullest.rank} at its peak, in {' '.join(phase)}"
+        yield f"memory  {fullest.peak_bytes / GIB:.2f} GiB on rank {fullest.rank} at its peak, in {' '.join(phase)}"
+        if more := fullest.peak_bytes - timeline.peak_bytes:
+            parts["buffers of micro-batches that were not run"] = more
     yield "        " + ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
 
 
@@ -111,7 +128,8 @@ def _messages(question: Question, planned: Planned) -> Iterator[str]:
             size[key] += num_bytes
     for key in sorted(calls, key=lambda key: -size[key]):
         op, purpose, ranks, link = key
-        yield f"        {calls[key]:7,d} x {op:15s} {purpose:8s} of {ranks:>5s} ranks {link:14s} {size[key] / 1e9:10.3f} GB"
+        what = f"{calls[key]:7,d} x {op:15s} {purpose:8s}"
+        yield f"        {what} of {ranks:>5s} ranks {link:14s} {size[key] / 1e9:10.3f} GB"
 
 
 def _bottleneck(question: Question, planned: Planned) -> Iterator[str]:
@@ -127,16 +145,18 @@ def _bottleneck(question: Question, planned: Planned) -> Iterator[str]:
         "rows": "the exchange of rows with experts limits: fewer ranks in parallel.ep (within a node, of"
         f" {cluster.ranks_per_node}), dispatch.chunks above 1, dispatch=two_hop or limited nodes for a token"
         " (router=node_limited) help",
-        "sequences": "exchanges between ranks that share sequences limit: smaller parallel.tp and parallel.cp, and their"
-        " ranks within a node, help",
+        "sequences": "exchanges between ranks that share sequences limit: smaller parallel.tp and parallel.cp help",
         "weights": "gathering weights and reducing gradients limits: more tokens a step and rank, a smaller"
         " parallel.shard, parallel.reshard_after_forward=false, or pipeline stages help",
-        "bubble": "waiting pipeline stages limit: more micro-batches a step, fewer stages, or another parallel.schedule help",
+        "bubble": "waiting pipeline stages limit: more micro-batches a step, fewer stages, or another"
+        " parallel.schedule help",
         "stages": "messages between stages limit: larger stages help",
         "sums": "the latency of small sums limits: larger micro-batches help",
         "optimizer": "the optimizer limits: sharding its state over more ranks (parallel.shard) helps",
     }
-    groups = {name: share[name] for name in PARTS if name not in ("matmul", "attention", "experts")} | {"products": products}
+    groups = {name: share[name] for name in PARTS if name not in ("matmul", "attention", "experts")} | {
+        "products": products
+    }
     first, second = sorted(groups, key=lambda name: -groups[name])[:2]
     yield f"limits  {100 * groups[first]:.0f} % {first}: {advice[first]}"
     yield f"        {100 * groups[second]:.0f} % {second}: {advice[second]}"
@@ -151,9 +171,9 @@ def assumptions(question: Question) -> Iterator[str]:
     """Everything that the numbers rest on and that a run may show to be otherwise."""
     cluster, plan = question.cluster, question.plan
     yield (
-        f"rates of {cluster.name}: {cluster.bfloat16_TFLOPS:g} TFLOP/s bf16, {cluster.float32_TFLOPS:g} float32, memory "
-        f"{cluster.memory_GB:g} GB at {cluster.memory_GB_per_second:g} GB/s, links {cluster.link_GB_per_second:g} and "
-        f"network {cluster.network_GB_per_second:g} GB/s a rank and direction"
+        f"rates of {cluster.name}: {cluster.bfloat16_TFLOPS:g} TFLOP/s bf16, {cluster.float32_TFLOPS:g} float32, "
+        f"memory {cluster.memory_GB:g} GB at {cluster.memory_GB_per_second:g} GB/s, links "
+        f"{cluster.link_GB_per_second:g} and network {cluster.network_GB_per_second:g} GB/s a rank and direction"
     )
     yield (
         f"reached of them: products {cluster.matmul_efficiency:g}, experts {cluster.expert_efficiency:g}, attention "
@@ -170,15 +190,15 @@ def assumptions(question: Question) -> Iterator[str]:
     )
     yield f"latency {cluster.link_microseconds:g} us within a node, {cluster.network_microseconds:g} us between nodes"
     yield (
-        f"fullest rank of experts has {plan.expert_imbalance:g} of the mean rows (plan.expert_imbalance), slowest stage "
-        f"takes {plan.stage_imbalance:g} of its computed time (plan.stage_imbalance)"
+        f"fullest rank of experts has {plan.expert_imbalance:g} of the mean rows (plan.expert_imbalance), slowest "
+        f"stage takes {plan.stage_imbalance:g} of its computed time (plan.stage_imbalance)"
     )
     yield (
         "every sequence is one document; experts run as grouped_mm with separate element-wise operations, nothing is "
         "compiled; attention is the kernel for CPUs, which pads narrower values"
     )
     yield (
-        f"usable memory is {cluster.usable_memory:g} of {cluster.memory_GB:g} GB (cluster.usable_memory): the rest is for the "
-        "allocator's slack, buffers of collectives and kernels, which are not counted"
+        f"usable memory is {cluster.usable_memory:g} of {cluster.memory_GB:g} GB (cluster.usable_memory): the rest is "
+        "for the allocator's slack, buffers of collectives and kernels, which are not counted"
     )
     yield "loading data, evaluation, checkpoints and restarts take no time; all ranks are equally fast"

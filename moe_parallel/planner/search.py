@@ -1,4 +1,4 @@
-"""All legal layouts of a model on a cluster, those that fit by the time of their step, the best of them run on fake tensors.
+"""Legal layouts of a model on a cluster, those that fit by the time of a step, the best of them run on fake tensors.
 
 Formulas sort all of them; the engine itself, rank by rank of those stages that differ, confirms the first few.
 """
@@ -20,6 +20,7 @@ from moe_parallel.engines.stages import stages_per_rank
 from moe_parallel.mesh import Layout, PipelineSchedule, Recompute, make_layout
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.counts import MemoryEstimate
+from moe_parallel.moe.balance import GlobalEstimator
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
 from moe_parallel.options import Config, ConfigError, architecture
 from moe_parallel.planner.cluster import ClusterConfig, Device
@@ -42,7 +43,7 @@ class PlanConfig:
     stage_imbalance: float = 1.0
     """What the slowest pipeline stage takes over what its layers take."""
     keep: int = 60
-    """Combinations of degrees, the fastest with least memory, that all recomputations and micro-batches are tried with."""
+    """Combinations of degrees, the fastest ones, that all recomputations and micro-batches are tried with."""
     simulate: int = 3
     """Layouts, the fastest by formulas, that are run on fake tensors; 0 trusts the formulas."""
     simulate_layers: int = 150
@@ -84,11 +85,11 @@ class Planned:
     @property
     def peak_bytes(self) -> int:
         """Of the fullest rank: seen, or estimated."""
-        return max((trace.timeline.peak_bytes for trace in self.traces), default=self.memory.total)
+        return max((trace.peak_bytes for trace in self.traces), default=self.memory.total)
 
     @property
     def fullest(self) -> RankTrace:
-        return max(self.traces, key=lambda trace: trace.timeline.peak_bytes)
+        return max(self.traces, key=lambda trace: trace.peak_bytes)
 
 
 @plain_dataclass(frozen=True)
@@ -102,10 +103,15 @@ class Question:
     """Options such as "parallel.ep" that the search leaves as they are."""
 
     def __post_init__(self) -> None:
+        if self.config.balance.global_estimator is GlobalEstimator.exact and self.config.balance.global_coefficient:
+            raise ValueError(
+                "balance.global_estimator=exact counts in passes of its own, which are not planned; plan with "
+                "balance.global_estimator=look_ahead, and add a third to the computation"
+            )
         if self.plan.expert_imbalance != 1 and not isinstance(self.config.dispatch, AllToAllConfig):
             raise ValueError(
-                f"plan.expert_imbalance={self.plan.expert_imbalance} is planned for dispatch=all_to_all only: others even "
-                "loads out or count a token once a node; set plan.expert_imbalance=1 or dispatch=all_to_all"
+                f"plan.expert_imbalance={self.plan.expert_imbalance} is planned for dispatch=all_to_all only: others "
+                "even loads out or count a token once a node; set plan.expert_imbalance=1 or dispatch=all_to_all"
             )
 
     @cached_property
@@ -140,8 +146,8 @@ SCHEDULES = (PipelineSchedule.one_f_one_b, PipelineSchedule.interleaved, Pipelin
 def degrees(question: Question) -> Iterator[tuple[Config, Layout]]:
     """Every legal combination of degrees of those that the search considers.
 
-    tp stays within a node, cp is at most 8 and pp at most 32. `shard` is all ranks that have the same weights, those of a
-    node, as many as `ep`, or 1.
+    tp stays within a node, cp is at most 8 and pp at most 32. `shard` is all ranks that have the same weights, those
+    of a node, as many as `ep`, or 1.
     """
     config, cluster, ranks = question.config, question.cluster, question.cluster.ranks
     names = {

@@ -1,16 +1,15 @@
 """Seconds of a step from what its passes compute and exchange: the one rule for formulas and for traces.
 
-    computation             is never hidden
-    weights and gradients   run beside `cluster.overlap` of the pass's computation; what is longer waits
-    rows of experts         run beside the shared experts, and with chunks beside the routed ones (docs/architecture.md)
-    all others              wait
-    pipeline                the slowest stage, and while the first micro-batches come and the last ones go, nothing
+computation             is never hidden
+weights and gradients   run beside `cluster.overlap` of the pass's computation; what is longer waits
+rows of experts         run beside the shared experts, and with chunks beside the routed ones (docs/architecture.md)
+all others              wait
+pipeline                the slowest stage, and while the first micro-batches come and the last ones go, nothing
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_parallel.mesh import PipelineSchedule
@@ -29,6 +28,19 @@ PARTS = {
     "bubble": "pipeline stages that wait",
 }
 """What a step's time is made of."""
+
+
+Seconds = dict[str, float]
+"""By part."""
+
+
+def added(*parts: Mapping[str, float], times: float = 1) -> Seconds:
+    """The sum, part by part; the last one counts so many times."""
+    total: Seconds = {}
+    for part in parts:
+        for name, seconds in part.items():
+            total[name] = total.get(name, 0.0) + (times if part is parts[-1] else 1) * seconds
+    return total
 
 
 @dataclass(frozen=True)
@@ -54,10 +66,9 @@ class Pass:
     messages: dict[str, float]
     """Seconds of collectives: rows, sequences, weights, stages, sums."""
 
-    def exposed(self, hiding: Hiding, backward: bool) -> Counter[str]:
+    def exposed(self, hiding: Hiding, backward: bool) -> Seconds:
         """Seconds of each part, without what is hidden."""
-        parts = Counter(self.compute)
-        parts.update(self.messages)
+        parts = added(self.compute, self.messages)
         compute = sum(self.compute.values())
         parts["weights"] = max(0.0, self.messages.get("weights", 0.0) - hiding.overlap * compute)
         rows = self.messages.get("rows", 0.0)
@@ -75,25 +86,25 @@ class Pass:
 class StageTime:
     """What one pipeline stage does in a step."""
 
-    micro_batch: Counter[str]
+    micro_batch: Seconds
     """Seconds of forward and backward of a micro-batch, by part."""
-    once: Counter[str]
+    once: Seconds
     """Besides, after the last one: sums over replicas, the optimizer."""
 
 
-def stage_time(forward: Pass, backward: Pass, last_only: dict[str, float], optimizer: Pass, hiding: Hiding) -> StageTime:
+def stage_time(
+    forward: Pass, backward: Pass, last_only: dict[str, float], optimizer: Pass, hiding: Hiding
+) -> StageTime:
     """Put a stage's passes together.
 
     Args:
         last_only: seconds of collectives that run beside the last backward pass only.
     """
-    micro_batch = forward.exposed(hiding, backward=False) + backward.exposed(hiding, backward=True)
-    more = {name: backward.messages.get(name, 0.0) + last_only.get(name, 0.0) for name in backward.messages | last_only}
-    last = Pass(backward.compute, more).exposed(hiding, backward=True)
-    last.subtract(backward.exposed(hiding, backward=True))
-    once = Counter({"optimizer": sum(optimizer.compute.values())})
-    once.update(optimizer.messages)
-    return StageTime(micro_batch, +(last + once))
+    micro_batch = added(forward.exposed(hiding, backward=False), backward.exposed(hiding, backward=True))
+    last = Pass(backward.compute, added(backward.messages, last_only)).exposed(hiding, backward=True)
+    beside = added(last, backward.exposed(hiding, backward=True), times=-1)
+    optimizing = {"optimizer": sum(optimizer.compute.values())}
+    return StageTime(micro_batch, added(optimizing, optimizer.messages, beside))
 
 
 @dataclass(frozen=True)
@@ -119,13 +130,17 @@ def step_time(stages: Sequence[StageTime], micro_batches: int, bubble: float, im
         bubble: micro-batches whose time passes without work, from `bubble_micro_batches`.
         imbalance: what the slowest stage takes longer than it was computed to.
     """
-    slowest = max(stages, key=lambda stage: micro_batches * stage.micro_batch.total() + stage.once.total())
+
+    def total(stage: StageTime) -> float:
+        return micro_batches * sum(stage.micro_batch.values()) + sum(stage.once.values())
+
+    slowest = max(stages, key=total)
     parts = dict.fromkeys(PARTS, 0.0)
     for name, seconds in slowest.micro_batch.items():
         parts[name] += imbalance * micro_batches * seconds
     for name, seconds in slowest.once.items():
         parts[name] += seconds
-    parts["bubble"] = imbalance * bubble * slowest.micro_batch.total()
+    parts["bubble"] = imbalance * bubble * sum(slowest.micro_batch.values())
     return StepTime(parts)
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 
 from moe_parallel.planner.rank import RankTrace
 from moe_parallel.planner.step_time import Hiding, Pass, StageTime, stage_time
 from moe_parallel.planner.watch import Amount, Message, Phase
 
-PART_OF = {"experts": "rows", "tp": "sequences", "cp": "sequences", "weights": "weights", "stages": "stages", "sums": "sums"}
+PART_OF = {
+    "experts": "rows",
+    "tp": "sequences",
+    "cp": "sequences",
+    "weights": "weights",
+    "stages": "stages",
+    "sums": "sums",
+}
 
 
 def traced_time(trace: RankTrace, hiding: Hiding) -> StageTime:
@@ -20,7 +27,9 @@ def traced_time(trace: RankTrace, hiding: Hiding) -> StageTime:
     backward = _passes(trace, "backward") if pipeline else trace.phases[1:2]
     share = 1 / trace.taken if pipeline else 1.0
     there, back = (_mean([_without(phase, once) for phase in phases], share) for phases in (forward, backward))
-    seconds = {"weights": sum(amount.seconds for phase in trace.phases for m, amount in phase.messages.items() if m in once)}
+    seconds = {
+        "weights": sum(amount.seconds for phase in trace.phases for m, amount in phase.messages.items() if m in once)
+    }
     return stage_time(there, back, seconds, optimizer, hiding)
 
 
@@ -48,8 +57,8 @@ def messages_of_step(trace: RankTrace) -> dict[Message, tuple[int, int]]:
         if gathers and len(amounts) == 1:
             continue  # they stay for the whole step
         # Gathered weights stay between a forward and a backward pass: one gather more than micro-batches.
-        for amount in amounts:
-            add(message, amount, more / (trace.taken + gathers))
+        seen = Amount(sum(amount.calls for amount in amounts), sum(amount.bytes for amount in amounts))
+        add(message, seen, more / (trace.taken + gathers))
     return total
 
 
@@ -73,8 +82,8 @@ def _without(phase: Phase, left_out: set[Message]) -> Phase:
 
 
 def _mean(phases: list[Phase], share: float) -> Pass:
-    compute: Counter[str] = Counter()
-    messages: Counter[str] = Counter()
+    compute: defaultdict[str, float] = defaultdict(float)
+    messages: defaultdict[str, float] = defaultdict(float)
     for phase in phases:
         for kind, part in phase.operations.items():
             compute[kind] += share * part.seconds

@@ -1,7 +1,7 @@
 """What a rank does, operation by operation: bytes alive, messages by group of ranks, FLOPs and traffic of its memory.
 
-`Watching` looks on while a real step runs. `WithoutMemory` makes tensors that have a shape and no memory, so that a step of
-any size runs anywhere; it looks on in the same way.
+`Watching` looks on while a real step runs. `WithoutMemory` makes tensors that have a shape and no memory, so that a
+step of any size runs anywhere; it looks on in the same way.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ COLLECTIVES: dict[Any, tuple[str, int, int]] = {
     _c10d.broadcast_.default: ("broadcast", 0, 1),
     _c10d.send.default: ("send", 0, 1),
 }
-"""Name, and which arguments are the tensors whose bytes count and the group: what a gather returns, a scatter or sum takes,
-an all-to-all or send sends."""
+"""Name, and which arguments are the tensors whose bytes count and the group: what a gather returns, a scatter or sum
+takes, an all-to-all or send sends."""
 
 _FREE = ("prim", "profiler", "c10d", "aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view")
 """Operations that touch no number. Views are told by their own property."""
@@ -114,6 +114,8 @@ class Watch:
 
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """An operation that was run."""
+        if self.live.in_theory:
+            return
         self.live.time += 1
         for tensor in tensors_in(out):
             self.live.see(tensor)
@@ -166,7 +168,8 @@ def _work(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[str, float]:
     if packet not in FORMULAS:
         return "other", 0.0
     shapes = [_shape(value) for value in args]
-    flops = FORMULAS[packet](*shapes, out_shape=_shape(out))
+    count: Any = FORMULAS[packet]
+    flops = count(*shapes, out_shape=_shape(out))
     if "attention" not in str(packet):
         return "experts", flops
     place = 7 if "backward" in str(packet) else 4

@@ -107,12 +107,13 @@ def test_conditions_are_torchs(schedule):
 
 def test_nearest_micro_batches():
     """Would catch: an advice that is refused as well."""
-    (text,) = micro_batch_problems(ParallelConfig(pp=4, schedule=INTERLEAVED), 10 + 3)
-    assert "the nearest numbers that it can: [12, 15]" in text
-    assert "train.micro_batch_sequences" in text
-    (text,) = micro_batch_problems(ParallelConfig(pp=4), 3)
-    assert "[4, 5]" in text
-    assert micro_batch_problems(ParallelConfig(pp=1), 1) == micro_batch_problems(ParallelConfig(pp=4), 4) == []
+    (text,) = micro_batch_problems(ParallelConfig(pp=4, schedule=INTERLEAVED), 9, 4)
+    assert text.endswith("legal values of train.micro_batch_sequences: [1, 3, 6, 9, 12, 18, 36]")
+    (text,) = micro_batch_problems(ParallelConfig(pp=4), 3, 2)
+    assert text.endswith("legal values of train.micro_batch_sequences: [1]")
+    (text,) = micro_batch_problems(ParallelConfig(pp=4), 3, 1)
+    assert text.endswith("raise train.global_batch_tokens, or lower parallel.pp")
+    assert micro_batch_problems(ParallelConfig(pp=1), 1, 1) == micro_batch_problems(ParallelConfig(pp=4), 4, 1) == []
 
 
 def shape(**changes: Any) -> Architecture:
@@ -122,7 +123,8 @@ def shape(**changes: Any) -> Architecture:
 CHAIN = {"chain": {"iterations": 2}}
 REFUSED = [
     ({"pp": 1, "stages_per_rank": 2}, {}, "parallel.pp=1 has none"),
-    ({"pp": 1, "stage_layers": [6]}, {}, "parallel.stage_layers=[6] divides a pipeline"),
+    ({"pp": 1, "stage_layers": [6]}, {}, "parallel.stage_layers=[6] is of a pipeline"),
+    ({"pp": 1, "schedule": "interleaved"}, {}, "parallel.schedule=interleaved is of a pipeline, but parallel.pp=1"),
     ({"pp": 2, "stages_per_rank": 2}, {}, "has one stage on each rank, not parallel.stages_per_rank=2"),
     ({"pp": 2, "schedule": V, "stages_per_rank": 1}, {}, "has two stages on each rank"),
     ({"pp": 2, "schedule": INTERLEAVED, "stages_per_rank": 1}, {}, "one_f_one_b is the schedule for 1"),

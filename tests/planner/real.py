@@ -44,9 +44,10 @@ def _real_step(config: Config) -> tuple[int, Sent]:
     mine = layout.batch_rank(dist.get_rank()) * micro_batches * rows
     batches = [make_batch([[length]] * rows, length, 257, mine + i * rows) for i in range(micro_batches)]
     targets = sum(batch.num_targets for batch in batches) * layout.batch_ranks
+    valid = sum(batch.num_valid for batch in batches) * layout.batch_ranks
     with engine.mode:
         engine.init_weights(config.init, config.train.seed)
-        engine.forward_backward(batches, 0, targets, targets)  # makes the optimizer's state
+        engine.forward_backward(batches, 0, targets, valid)  # makes the optimizer's state
         engine.step(1e-3, engine.gradient_norm())
     engine.tag_optimizer_state()
     sent: Sent = {}

@@ -54,14 +54,16 @@ def test_the_search_lists_what_a_run_accepts() -> None:
         parallel = dataclasses.replace(asked.config.parallel, recompute="full", **values)
         train = dataclasses.replace(asked.config.train, micro_batch_sequences=1)
         config = dataclasses.replace(asked.config, parallel=parallel, train=train)
-        considered = {8 // values["pp"] // values["tp"], 8 // values["tp"], values["ep"], 1} if values["tp"] <= 8 else set()
+        considered = (
+            {8 // values["pp"] // values["tp"], 8 // values["tp"], values["ep"], 1} if values["tp"] <= 8 else set()
+        )
         if found in listed or values["shard"] in considered:
             assert accepts(config) == (found in listed), values
     assert len(listed) > 100
 
 
 def test_all_variants_are_accepted() -> None:
-    """A schedule that cannot recompute, a number of micro-batches that it cannot order, a batch that does not divide."""
+    """A schedule that cannot recompute, micro-batches that it cannot order, a batch that does not divide."""
     asked = question()
     layouts = [pair for pair in legal_layouts(asked) if degrees_of(pair[0]) in ((2, 2, 1, 2, 2), (1, 1, 1, 4, 8))]
     found = [config for pair in layouts for config, _ in variants(asked, *pair)]
@@ -103,7 +105,7 @@ TRACED = {
     "experts": ("parallel.ep=8",),
     "recomputed": ("parallel.ep=4", "parallel.recompute=full"),
     "tensor": ("parallel.tp=2", "parallel.ep=8"),
-    "context": ("parallel.cp=4", "parallel.ep=4", "parallel.recompute=selective"),
+    "context": ("parallel.cp=4", "parallel.ep=4", "parallel.recompute=selective", "train.micro_batch_sequences=4"),
     "pipeline": ("parallel.pp=2", "parallel.ep=4"),
     "skewed": ("parallel.ep=8",),
 }
@@ -111,30 +113,34 @@ TRACED = {
 
 @pytest.fixture(scope="module")
 def traces() -> dict[str, tuple[Question, RankTrace]]:
-    asked = {name: question(*LARGE, *own, expert_imbalance=1.5 if name == "skewed" else 1.0) for name, own in TRACED.items()}
+    asked = {
+        name: question(*LARGE, *own, expert_imbalance=1.5 if name == "skewed" else 1.0) for name, own in TRACED.items()
+    }
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {
-            name: pool.submit(plan_rank, q.config, H200, 0, imbalance=q.plan.expert_imbalance) for name, q in asked.items()
+            name: pool.submit(plan_rank, q.config, H200, 0, imbalance=q.plan.expert_imbalance)
+            for name, q in asked.items()
         }
         return {name: (asked[name], future.result()) for name, future in futures.items()}
 
 
 @pytest.mark.parametrize("name", TRACED)
 def test_formulas_are_near_the_trace(name, traces) -> None:
-    """A formula that forgets a degree: then layouts are sorted by a wrong order. Products are counted on both sides (5
-    percent: routers, and what latency adds); memory leaves out small temporaries; the rest is estimated by traffic."""
+    """A formula that forgets a degree: then layouts are sorted by a wrong order. Products are counted on both sides,
+    but small ones are bound by memory; memory adds up peaks of different moments; the rest is estimated by
+    traffic. Wide tolerances: what is sorted by it is run afterwards."""
     asked, trace = traces[name]
     config, layout = asked.config, trace.layout
     stage = stages_of(config, asked.shape, trace.micro_batches)[0]
     memory = stage_memory(config, layout, stage, 2, asked.plan.expert_imbalance).total
-    assert memory == pytest.approx(trace.timeline.peak_bytes, rel=0.25)
+    assert memory == pytest.approx(trace.timeline.peak_bytes, rel=0.35 if layout.pp > 1 else 0.25)
     formulas = estimated_time(config, layout, stage, H200, 2, asked.plan.expert_imbalance).micro_batch
     seen = traced_time(trace, hiding(config, layout, stage.architecture, H200, 2)).micro_batch
     for part in ("matmul", "experts", "attention"):
         assert formulas[part] == pytest.approx(seen[part], rel=0.35), part
-    assert formulas["rows"] == pytest.approx(seen["rows"], rel=0.1, abs=1e-5)
-    assert formulas["sequences"] == pytest.approx(seen["sequences"], rel=0.3, abs=1e-5)
-    assert formulas.total() == pytest.approx(seen.total(), rel=0.5)
+    assert formulas.get("rows", 0.0) == pytest.approx(seen.get("rows", 0.0), rel=0.1, abs=1e-5)
+    assert formulas.get("sequences", 0.0) == pytest.approx(seen.get("sequences", 0.0), rel=0.3, abs=1e-5)
+    assert sum(formulas.values()) == pytest.approx(sum(seen.values()), rel=0.5)
 
 
 def test_imbalance_scales_the_experts(traces) -> None:

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from moe_parallel.moe.balance import BalanceConfig, Level, bias_step
-from moe_parallel.moe.routing import Choice, LayerContext
+from moe_parallel.moe.routing import Choice, ForwardContext, LayerContext
 
 
 class LooksAt(Flag):
@@ -208,21 +208,22 @@ class Router(nn.Module):
     def decide(self, score_TE: Tensor, context: LayerContext) -> Choice:
         """`select`, once: a recomputed pass takes the choice of the first. Experts in turn in benchmark mode."""
         if self.config.forced_balance:
-            return self._dealt_out(score_TE, context.forward.training)
+            return self._dealt_out(score_TE, context.forward)
         choice: Choice = context.once("choice", lambda: self.select(score_TE.detach(), context))
         return choice
 
-    def _dealt_out(self, score_TE: Tensor, training: bool) -> Choice:
+    def _dealt_out(self, score_TE: Tensor, forward: ForwardContext) -> Choice:
         num_tokens, top_k = score_TE.shape[0], self.config.top_k
         slots = num_tokens * top_k
-        if training and slots % self.num_experts != 0:
+        if forward.training and slots % self.num_experts != 0:
             raise ValueError(
                 f"router.forced_balance=true needs tokens of a micro-batch * router.top_k = {slots} to be divisible by "
                 f"moe.num_experts={self.num_experts}; change train.sequence_tokens or train.micro_batch_sequences"
             )
         expert_TK = torch.arange(slots, device=score_TE.device).view(num_tokens, top_k) % self.num_experts
-        # A text that is generated may have any length.
-        return Choice(expert_TK, uniform_count=None if slots % self.num_experts else slots // self.num_experts)
+        # Padding takes slots away, on some ranks perhaps: all must agree on whether sizes are exchanged.
+        uniform = forward.no_padding and slots % self.num_experts == 0
+        return Choice(expert_TK, uniform_count=slots // self.num_experts if uniform else None)
 
     @torch.no_grad()
     def after_step(self, count_E: Tensor, observed_E: Tensor, balance: BalanceConfig) -> None:

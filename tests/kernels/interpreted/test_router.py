@@ -115,7 +115,7 @@ def test_forced_balance_deals_out():
     config = TokenChoiceConfig(top_k=2, forced_balance=True, kernel=RouterKernel.triton)
     layer = MoELayer(DIM, MoEConfig(num_experts=12, expert_dim=8), config, BalanceConfig(), 0)
     routing, _ = layer.route(inputs(), layer.router, context())
-    assert routing.uniform_count == 4
+    assert routing.count_E.tolist() == 12 * [4]
 
 
 def test_a_router_with_scores_of_its_own_is_refused():
