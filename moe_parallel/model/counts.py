@@ -221,14 +221,12 @@ def memory_per_rank(
     outside += head * (counts.head + architecture.model.dim)
     layers, tokens = architecture.num_blocks, micro_batch_tokens
     inside = counts.total - counts.routed - counts.embedding - counts.head - architecture.model.dim
-    held = (outside + inside) // (shard * tp)
-    # Whole experts, where ep leaves them to FSDP: it cuts between them, and makes up what is missing to a number for all.
-    expert_pad = padded_experts(architecture, ep, expert_shard)
-    held += int(counts.routed * expert_pad) // (ep * expert_shard)
+    routed = int(counts.routed * padded_experts(architecture, ep, expert_shard))
+    held = (outside + inside) // (shard * tp) + routed // (ep * expert_shard)
     whole = inside // tp + counts.routed // ep
     gathered = reduced = 0
     if shard * tp > 1 or expert_shard > 1 or size.compute != size.weight:
-        layer = inside // tp // layers + int(counts.routed * expert_pad) // max(1, architecture.num_moe_layers) // ep
+        layer = inside // tp // layers + routed // max(1, architecture.num_moe_layers) // ep
         gathered = (outside + (min(2, layers) * layer if reshard else whole)) * size.compute
         # What is reduced waits beside its result while the next layer's begins: a shard, or a whole copy.
         reduced = int(min(2, layers) * layer * size.gradient * (1 + held / (outside + whole)))
