@@ -88,7 +88,7 @@ def _table(question: Question, answer: Answer) -> list[str]:
         ))  # fmt: skip
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    return [*lines, "  * by formulas; the others were run on fake tensors"]
+    return [*lines, "  * by formulas, which tend to be too fast; the others were run on fake tensors, and come first"]
 
 
 def _memory(planned: Planned) -> Iterator[str]:
@@ -164,7 +164,7 @@ def _bottleneck(question: Question, planned: Planned) -> Iterator[str]:
     if full > 0.85:
         yield f"        memory is {100 * full:.0f} % full: more would allow larger micro-batches or less recomputation"
     elif parallel.recompute is not Recompute.none:
-        yield f"        memory is {100 * full:.0f} % full; recomputation was chosen because less of it would not fit"
+        yield f"        memory is {100 * full:.0f} % full; layouts with less recomputation are slower or do not fit"
 
 
 def assumptions(question: Question) -> Iterator[str]:
