@@ -45,8 +45,8 @@ class TitanLayer(MoELayer):
     """Our layer around these experts. Its routing comes sorted by one stable sort of the chosen experts, as torchtitan
     sorts them; router, shared experts and everything outside of the layer are ours."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
         moe, (dim, *_) = self.config, arguments
         if moe.chain.iterations > 1:
             raise ValueError(f"moe.chain.iterations={moe.chain.iterations}: torchtitan has no chains; set it to 1")
