@@ -149,7 +149,7 @@ def shard(model: nn.Module, mesh: ParallelMesh, compute: torch.dtype) -> None:
     """FSDP2 with the policy that our engine has: cast for use, reduce in the type of the weights."""
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=next(model.parameters()).dtype)
     for module in (*model.model.layers, model):  # type: ignore[union-attr,misc]
-        fully_shard(module, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=PARALLEL.reshard_after_forward)
+        fully_shard(module, mesh=mesh.whole, mp_policy=policy, reshard_after_forward=PARALLEL.reshard_after_forward)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)  # on one rank there is nothing to average, and gloo cannot
         module.set_force_sum_reduction_for_comms(True)
