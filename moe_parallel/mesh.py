@@ -19,6 +19,7 @@ import os
 import shutil
 from dataclasses import dataclass as plain_dataclass
 from enum import Enum
+from functools import cached_property
 
 import torch.distributed as dist
 from pydantic.dataclasses import dataclass
@@ -208,23 +209,46 @@ def make_layout(config: ParallelConfig, ranks: int, num_experts: int) -> Layout:
 
 
 class ParallelMesh:
-    """The views as device meshes. Needs an initialized process group of `layout.ranks` ranks."""
+    """The views as device meshes. Needs an initialized process group of `layout.ranks` ranks.
+
+    A view is made when it is first asked for, by all ranks alike: its groups cost time on thousands of ranks. An axis
+    of stages is in it only where there are several.
+    """
 
     def __init__(self, layout: Layout, device_type: str) -> None:
         self.layout = layout
+        self.device_type = device_type
 
-        def view(**degrees: int) -> DeviceMesh:
-            shape = (layout.pp, *degrees.values())
-            return init_device_mesh(device_type, shape, mesh_dim_names=("pp", *degrees))
+    def _view(self, **degrees: int) -> DeviceMesh:
+        named = {"pp": self.layout.pp, **degrees} if self.layout.pp > 1 else degrees
+        return init_device_mesh(self.device_type, tuple(named.values()), mesh_dim_names=tuple(named))
 
-        self._split = view(replicate=layout.replicate, shard=layout.shard, tp=layout.tp)
-        self._whole = self._split
-        if layout.tp > 1:
-            self._whole = view(replicate=layout.replicate, shard=layout.shard * layout.tp)
-        self._expert = view(expert_replicate=layout.expert_replicate, expert_shard=layout.expert_shard, ep=layout.ep)
-        self._tokens = view(batch=layout.batch_ranks, cp=layout.cp, tp=layout.tp)
-        self._stages = view(stage=layout.stage_ranks)
-        self._sequences = view(batch=layout.batch_ranks, sequence=layout.sequence_ranks)
+    @cached_property
+    def _split(self) -> DeviceMesh:
+        layout = self.layout
+        return self._view(replicate=layout.replicate, shard=layout.shard, tp=layout.tp)
+
+    @cached_property
+    def _whole(self) -> DeviceMesh:
+        return self._view(replicate=self.layout.replicate, shard=self.layout.shard * self.layout.tp)
+
+    @cached_property
+    def _expert(self) -> DeviceMesh:
+        layout = self.layout
+        return self._view(expert_replicate=layout.expert_replicate, expert_shard=layout.expert_shard, ep=layout.ep)
+
+    @cached_property
+    def _tokens(self) -> DeviceMesh:
+        return self._view(batch=self.layout.batch_ranks, cp=self.layout.cp, tp=self.layout.tp)
+
+    @cached_property
+    def _sequences(self) -> DeviceMesh:
+        return self._view(batch=self.layout.batch_ranks, sequence=self.layout.sequence_ranks)
+
+    @cached_property
+    def _stages(self) -> DeviceMesh:
+        shape = (self.layout.pp, self.layout.stage_ranks)
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=("pp", "stage"))
 
     @property
     def whole(self) -> DeviceMesh:
@@ -282,7 +306,7 @@ class ParallelMesh:
     @property
     def stage_group(self) -> dist.ProcessGroup:
         """All ranks of this stage: all that see different tokens of the same layers."""
-        return self._stages["stage"].get_group()
+        return self.world if self.layout.pp == 1 else self._stages["stage"].get_group()
 
     def node_groups(self, ranks_per_node: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
         """The two groups that divide `ep` by nodes: across them, ranks of this one's place in each, and within its own.
@@ -291,9 +315,7 @@ class ParallelMesh:
         """
         layout = self.layout
         shape = (layout.ranks // layout.ep, layout.ep // ranks_per_node, ranks_per_node)
-        nodes = init_device_mesh(
-            self._expert.device_type, shape, mesh_dim_names=("expert_copy", "across_nodes", "within_node")
-        )
+        nodes = init_device_mesh(self.device_type, shape, mesh_dim_names=("expert_copy", "across_nodes", "within_node"))
         return nodes.get_group("across_nodes"), nodes.get_group("within_node")
 
     @property

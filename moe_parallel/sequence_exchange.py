@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_parallel.collectives import all_to_all_rows, sum_over
+
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -51,16 +53,16 @@ class SequenceExchange:
         """(B, s, D) each, of several D, in one message -> (B, tp * s, D) each."""
         if self.tp_ranks == 1:
             return parts_BSD
-        whole = _Gather.apply(torch.cat(parts_BSD, dim=-1), self.tp)
+        whole = _Linear.apply(torch.cat(parts_BSD, dim=-1), _gathered, _scattered, self.tp)
         return whole.split([part.shape[-1] for part in parts_BSD], dim=-1)
 
     def scatter(self, x_BSD: Tensor) -> Tensor:
         """(B, tp * s, D), a part of the sum on each rank -> (B, s, D), the sum of own tokens."""
-        return x_BSD if self.tp_ranks == 1 else _Scatter.apply(x_BSD, self.tp)
+        return x_BSD if self.tp_ranks == 1 else _Linear.apply(x_BSD, _scattered, _gathered, self.tp)
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean over tp, with gradient."""
-        return x if self.tp_ranks == 1 else _Sum.apply(x, self.tp) / self.tp_ranks
+        return x if self.tp_ranks == 1 else _Linear.apply(x, _summed, _summed, self.tp) / self.tp_ranks
 
     def to_heads(self, q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, H, s, d) each, in one message -> (B, H / cp, cp * s, d) each.
@@ -72,7 +74,7 @@ class SequenceExchange:
             return q_BHSd, k_BHSd, v_BHSd
         wide = [repeat_heads(part, q_BHSd.shape[1], count) for part in (q_BHSd, k_BHSd, v_BHSd)]
         packed = [_pack(part.unflatten(1, (count, -1)).movedim(1, 0)) for part in wide]
-        arrived = _AllToAll.apply(torch.cat(packed, dim=1), self.cp)
+        arrived = _swapped(torch.cat(packed, dim=1), self.cp)
         out: list[Tensor] = []
         for part, piece in zip(wide, arrived.split([p.shape[1] for p in packed], dim=1)):
             batch, heads, tokens, width = part.shape
@@ -88,7 +90,7 @@ class SequenceExchange:
             return x_BHSd
         batch, heads, tokens, width = x_BHSd.shape
         packed = _pack(x_BHSd.unflatten(2, (count, -1)).movedim(2, 0))
-        piece_cBHsd = _AllToAll.apply(packed, self.cp).view(count, batch, heads, tokens // count, width)
+        piece_cBHsd = _swapped(packed, self.cp).view(count, batch, heads, tokens // count, width)
         return piece_cBHsd.movedim(0, 1).flatten(1, 2)
 
 
@@ -103,44 +105,17 @@ def _pack(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1)
 
 
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, group):
-        ctx.group = group
-        return _exchanged(rows, group)
+class _Linear(torch.autograd.Function):
+    """An exchange and the one that its gradient takes."""
 
     @staticmethod
-    def backward(ctx, grad):
-        return _exchanged(grad, ctx.group), None
-
-
-def _exchanged(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Row p of (ranks, ...) goes to rank p."""
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(out, rows.contiguous(), group=group)
-    return out
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_BSD, group):
-        ctx.group = group
-        return _gathered(x_BSD, group)
+    def forward(ctx, x, there, back, group):
+        ctx.back, ctx.group = back, group
+        return there(x, group)
 
     @staticmethod
     def backward(ctx, grad):
-        return _scattered(grad, ctx.group), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_BSD, group):
-        ctx.group = group
-        return _scattered(x_BSD, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _gathered(grad, ctx.group), None
+        return ctx.back(grad, ctx.group), None, None, None
 
 
 def _gathered(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -156,18 +131,11 @@ def _scattered(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _summed(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _summed(grad, ctx.group), None
-
-
 def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, group=group)
-    return out
+    return sum_over(group)(x)
+
+
+def _swapped(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Row p of (ranks, ...) goes to rank p, with gradient."""
+    one_each = [1] * dist.get_world_size(group)
+    return all_to_all_rows(rows, one_each, one_each, group)

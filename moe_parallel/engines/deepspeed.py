@@ -26,7 +26,7 @@ from moe_parallel.checkpoint.pieces import boxes
 from moe_parallel.engines.config import EngineSetting
 from moe_parallel.engines.deepspeed_config import DeepSpeedConfig, Offload
 from moe_parallel.engines.deepspeed_experts import make_groups, our_name, register
-from moe_parallel.engines.engine import Engine, NonfiniteWatch, StepPass, moe_layers, ranks_of
+from moe_parallel.engines.engine import Engine, NonfiniteWatch, StepPass, moe_layers, ranks_by_tokens
 from moe_parallel.engines.parallelize import make_dispatcher, set_recompute
 from moe_parallel.engines.zero_partitions import GroupPartitions, ParameterPartitions, Partitions, ZeroState
 from moe_parallel.mesh import ParallelMesh
@@ -57,7 +57,7 @@ class DeepSpeedEngine(Engine):
             raise ValueError("; ".join(problems))
         self.architecture, self.layout, self.device, self.seed = setting.architecture, mesh.layout, device, seed
         self.group = mesh.world
-        self.data, self.rows, self.sequence = map(ranks_of, (mesh.stage_group, mesh.row_group, mesh.sequence_group))
+        self.data, self.rows, self.sequence = ranks_by_tokens(mesh)
         _join(device)
         with torch.device("meta"):
             model = Transformer(setting.architecture)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from moe_data.batch import TokenBatch
 from moe_parallel.checkpoint.state import TrainingState
 from moe_parallel.collectives import gather_over, sum_over
-from moe_parallel.mesh import Layout
+from moe_parallel.mesh import Layout, ParallelMesh
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.initialize import InitConfig
 from moe_parallel.moe.balance import GlobalEstimator
@@ -159,6 +159,14 @@ class Engine(ABC):
         moe = self.architecture.moe
         shape = (self.architecture.num_blocks, moe.chain.iterations, moe.num_experts)
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
+
+
+def ranks_by_tokens(mesh: ParallelMesh) -> tuple[Ranks, Ranks, Ranks]:
+    """`data`, `rows` and `sequence` of `ForwardContext`."""
+    data = ranks_of(mesh.stage_group)
+    if mesh.layout.sequence_ranks == 1:
+        return data, data, Ranks()
+    return data, ranks_of(mesh.row_group), ranks_of(mesh.sequence_group)
 
 
 def ranks_of(group: dist.ProcessGroup) -> Ranks:

@@ -26,7 +26,7 @@ from moe_data.batch import IGNORE, TokenBatch, padded
 from moe_kernels.choice import ExpertKernel
 from moe_parallel.convert.megatron_weights import Cut, MegatronWeights
 from moe_parallel.engines.config import EngineSetting
-from moe_parallel.engines.engine import Engine, NonfiniteWatch, StepPass, moe_layers, ranks_of
+from moe_parallel.engines.engine import Engine, NonfiniteWatch, StepPass, moe_layers, ranks_by_tokens
 from moe_parallel.engines.megatron_config import MegatronConfig
 from moe_parallel.engines.megatron_model import (
     MicroBatch,
@@ -78,9 +78,7 @@ class MegatronEngine(Engine):
         self.config, self.mesh, self.device, self.seed = config, mesh, device, seed
         self._stages = stages_per_rank(setting.parallel)
         self.group = mesh.world
-        self.data = ranks_of(mesh.stage_group)
-        self.rows = ranks_of(mesh.row_group)
-        self.sequence = ranks_of(mesh.sequence_group)
+        self.data, self.rows, self.sequence = ranks_by_tokens(mesh)
         self._exchange = SequenceExchange(mesh.cp_group, mesh.tp_group)
         self._rotary, self._passing = rotary_of(setting.architecture), Passing()
         self._meet(setting.parallel.timeout_seconds)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from moe_data.batch import TokenBatch, padded
 from moe_parallel.checkpoint.state import TorchState
-from moe_parallel.engines.engine import Engine, NonfiniteWatch, StepPass, moe_layers, ranks_of
+from moe_parallel.engines.engine import Engine, NonfiniteWatch, StepPass, moe_layers, ranks_by_tokens, ranks_of
 from moe_parallel.engines.parallelize import parallelize
 from moe_parallel.engines.pipeline import Pipeline
 from moe_parallel.mesh import ParallelConfig, ParallelMesh
@@ -54,9 +54,7 @@ class NativeEngine(Engine):
         self.optim = optim
         self.seed = seed
         self.group = mesh.world
-        self.data = ranks_of(mesh.stage_group)
-        self.rows = ranks_of(mesh.row_group)
-        self.sequence = ranks_of(mesh.sequence_group)
+        self.data, self.rows, self.sequence = ranks_by_tokens(mesh)
         self.pipeline: Pipeline | None = None
         if mesh.layout.pp > 1:
             self.stages = ranks_of(mesh.pp_group)

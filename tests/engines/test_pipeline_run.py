@@ -31,4 +31,4 @@ def test_refused_before_ranks_meet(runner: Runner) -> None:
     """Would catch: a pipeline whose mistake shows only in its first step."""
     running = runner.run("refused", *OPTIONS[:2], *DUAL, "train.micro_batch_sequences=4", ranks=2, codes=2)
     assert "cannot order the 2 micro-batches" in running.err
-    assert "the nearest numbers that it can: [4, 5]" in running.err
+    assert "legal values of train.micro_batch_sequences: [1, 2]" in running.err
