@@ -19,7 +19,6 @@ import os
 import shutil
 from dataclasses import dataclass as plain_dataclass
 from enum import Enum
-from functools import cached_property
 
 import torch.distributed as dist
 from pydantic.dataclasses import dataclass
@@ -218,37 +217,40 @@ class ParallelMesh:
     def __init__(self, layout: Layout, device_type: str) -> None:
         self.layout = layout
         self.device_type = device_type
+        self._made: dict[tuple[str, ...], DeviceMesh] = {}
 
     def _view(self, **degrees: int) -> DeviceMesh:
-        named = {"pp": self.layout.pp, **degrees} if self.layout.pp > 1 else degrees
-        return init_device_mesh(self.device_type, tuple(named.values()), mesh_dim_names=tuple(named))
+        named = {"pp": self.layout.pp, **degrees} if self.layout.pp > 1 or "stage" in degrees else degrees
+        names = tuple(named)
+        if names not in self._made:
+            self._made[names] = init_device_mesh(self.device_type, tuple(named.values()), mesh_dim_names=names)
+        return self._made[names]
 
-    @cached_property
+    @property
     def _split(self) -> DeviceMesh:
         layout = self.layout
         return self._view(replicate=layout.replicate, shard=layout.shard, tp=layout.tp)
 
-    @cached_property
+    @property
     def _whole(self) -> DeviceMesh:
         return self._view(replicate=self.layout.replicate, shard=self.layout.shard * self.layout.tp)
 
-    @cached_property
+    @property
     def _expert(self) -> DeviceMesh:
         layout = self.layout
         return self._view(expert_replicate=layout.expert_replicate, expert_shard=layout.expert_shard, ep=layout.ep)
 
-    @cached_property
+    @property
     def _tokens(self) -> DeviceMesh:
         return self._view(batch=self.layout.batch_ranks, cp=self.layout.cp, tp=self.layout.tp)
 
-    @cached_property
+    @property
     def _sequences(self) -> DeviceMesh:
         return self._view(batch=self.layout.batch_ranks, sequence=self.layout.sequence_ranks)
 
-    @cached_property
+    @property
     def _stages(self) -> DeviceMesh:
-        shape = (self.layout.pp, self.layout.stage_ranks)
-        return init_device_mesh(self.device_type, shape, mesh_dim_names=("pp", "stage"))
+        return self._view(stage=self.layout.stage_ranks)
 
     @property
     def whole(self) -> DeviceMesh:

@@ -27,13 +27,14 @@ from moe_data.loader import DataConfig
 from moe_data.tokenizers import TokenizerConfig
 from moe_parallel import option_texts
 from moe_parallel.checkpoint.checkpointer import CheckpointConfig
+from moe_parallel.convert.upcycle.sparse import SparseConfig
 from moe_parallel.engines.config import EngineConfig, NativeEngineConfig
 from moe_parallel.engines.deepspeed_config import DeepSpeedConfig
 from moe_parallel.engines.megatron_config import MegatronConfig
 from moe_parallel.mesh import ParallelConfig
 from moe_parallel.model.architecture import Architecture, ModelConfig
 from moe_parallel.model.attention import AttentionConfig, GroupedQueryConfig
-from moe_parallel.model.initialize import InitConfig
+from moe_parallel.model.initialize import FreshConfig, InitConfig
 from moe_parallel.model.latent_attention import LatentConfig
 from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
@@ -80,8 +81,9 @@ ROUTERS = {
 DISPATCHES: dict[str, type] = {"all_to_all": AllToAllConfig, "two_hop": TwoHopConfig}
 DISPATCHES |= {"least_loaded": LeastLoadedConfig, "deepep": DeepEPConfig}
 ENGINES: dict[str, type] = {"native": NativeEngineConfig, "deepspeed": DeepSpeedConfig, "megatron": MegatronConfig}
+INITS: dict[str, type] = {"fresh": FreshConfig, "upcycle": SparseConfig}
 GROUPS_OF_KINDS: dict[str, dict[str, type]] = {"attention": ATTENTIONS, "router": ROUTERS, "dispatch": DISPATCHES}
-GROUPS_OF_KINDS |= {"engine": ENGINES}
+GROUPS_OF_KINDS |= {"engine": ENGINES, "init": INITS}
 """A dataclass for each kind of a section. No two have the same names of options: saved ones are told apart by them."""
 
 
@@ -99,7 +101,7 @@ class Config:
     engine: EngineConfig = dataclasses.field(default=MISSING, metadata={KINDS: ENGINES})
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    init: InitConfig = dataclasses.field(default_factory=InitConfig)
+    init: InitConfig = dataclasses.field(default=MISSING, metadata={KINDS: INITS})
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
@@ -223,6 +225,10 @@ def load_config(path: Path) -> Config:
         raise ConfigError([f"{path} does not exist: this is not the folder of a run"])
     saved = OmegaConf.load(path)
     assert isinstance(saved, DictConfig)
+    return _read_back(saved, str(path))
+
+
+def _read_back(saved: DictConfig, where: str) -> Config:
     schema = OmegaConf.structured(Config)
     for group, kinds in GROUPS_OF_KINDS.items():  # the file does not say which kind: only one has these names
         saved.setdefault(group, {})  # runs before there was a choice have the kind that needs no options
@@ -230,11 +236,24 @@ def load_config(path: Path) -> Config:
         # An older version may lack options that came since; those have their defaults, like in other sections.
         kind = min(fitting, key=lambda kind: len(_field_names(kind)), default=None)
         if kind is None:
-            raise ConfigError([f"{path}: no kind of {group} has the options {sorted(saved[group])}; an older version?"])
+            raise ConfigError(
+                [f"{where}: no kind of {group} has the options {sorted(saved[group])}; an older version?"]
+            )
         schema[group] = OmegaConf.structured(kind)
     merged = OmegaConf.merge(schema, saved)
     assert isinstance(merged, DictConfig)
     return to_config(merged)
+
+
+def architecture_of(identity: dict[str, Any], where: str) -> Architecture:
+    """The model that a checkpoint was made of, from what `plain_architecture` gave. Raises ConfigError for another
+    version's."""
+    saved = OmegaConf.create({name: value for name, value in identity.items() if name != "vocab_size"})
+    try:
+        config = _read_back(saved, where)
+    except COMPOSITION_ERRORS as error:
+        raise ConfigError([f"{where}: {line}" for line in explain(error, [])]) from error
+    return dataclasses.replace(architecture(config, identity["vocab_size"]), vocab_size=identity["vocab_size"])
 
 
 def plain_architecture(shape: Architecture) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from moe_data.tokenizers import Tokenizer, build_tokenizer
 from moe_parallel import launch
 from moe_parallel.checkpoint.checkpointer import Checkpointer
 from moe_parallel.checkpoint.folder import CheckpointError
+from moe_parallel.convert.fill import load
 from moe_parallel.engines.build import build_engine
 from moe_parallel.engines.config import EngineSetting
 from moe_parallel.engines.engine import Engine
@@ -32,6 +33,7 @@ from moe_parallel.options import Config, ConfigError, architecture, config_yaml,
 from moe_parallel.plan import model_facts, report_plan
 from moe_parallel.relations import check
 from moe_parallel.run_folder import RunFolder, describe_environment, git_revision
+from moe_parallel.start import start as starting_point
 from moe_parallel.stop import Stopped, StopSignal
 from moe_parallel.tracking import NullTracker, Tracker
 from moe_parallel.trainer import NonfiniteError, Trainer, TrainerConfig
@@ -111,8 +113,6 @@ class _Run:
         )
         try:
             path = self._checkpoint_to_load(checkpointer)
-            if path is None and self.config.init.weights is not None:
-                _checkpoint("init.weights", self.config.init.weights, "give a path to step_00001000, or null")
             if path is not None and launch.on_first(self._is_finished):
                 steps = self.config.train.steps
                 log.info("%s is finished at step %d; raise train.steps to go on", self.folder.path, steps)
@@ -147,9 +147,7 @@ class _Run:
         extra: dict[str, Any] | None = None
         if path is None:
             engine.init_weights(config.init, config.train.seed)
-            if config.init.weights is not None:
-                new = checkpointer.load_weights(Path(config.init.weights), engine.checkpoint_state())
-                log.info("weights from %s; new: %s", config.init.weights, ", ".join(new) or "none")
+            self._take_over(engine, checkpointer)
         else:
             extra = checkpointer.load(path, engine.checkpoint_state(), identity)
             data.load_state_dict(extra["data"])  # before anything is written: it may be of other data
@@ -179,6 +177,15 @@ class _Run:
             tracker.finish(code)
             engine.close()
         return code
+
+    def _take_over(self, engine: Engine, checkpointer: Checkpointer) -> None:
+        """Fill the model with what `init` names; each rank reads what it holds."""
+        start = launch.together(lambda: starting_point(self.config.init, engine.architecture, self.config.train.seed))
+        if start is None:
+            return
+        for path in start.checkpoints:
+            checkpointer.verify(path)
+        launch.together(lambda: load(engine.checkpoint_state(), start.weights, start.moments))
 
     def _say_what_computes(self, engine: Engine) -> None:
         train = self.config.train
@@ -224,7 +231,7 @@ class _Run:
             return None
         if resume == "auto":
             return checkpointer.latest()
-        return _checkpoint("resume", resume, "use never, auto, or a path to step_00001000")
+        return _checkpoint(resume)
 
     def _is_finished(self) -> bool:
         if self.config.resume != "auto" or not self.folder.result.exists():
@@ -288,13 +295,13 @@ class _Run:
         )
 
 
-def _checkpoint(option: str, value: str, otherwise: str) -> Path:
-    """The checkpoint that an option names."""
+def _checkpoint(value: str) -> Path:
+    """The checkpoint that `resume` names."""
     path = Path(value)
     if not (path / "meta.json").is_file():
         found = sorted(path.glob("**/step_*/meta.json"))
-        hint = f"did you mean {found[-1].parent}?" if found else otherwise
-        raise ConfigError([f"{option}={value} is not a checkpoint; {hint}"])
+        hint = f"did you mean {found[-1].parent}?" if found else "use never, auto, or a path to step_00001000"
+        raise ConfigError([f"resume={value} is not a checkpoint; {hint}"])
     return path
 
 

@@ -56,6 +56,7 @@ FLOORS: dict[str, int] = {
     # The loop, what it reports, and all options in one place.
     "moe_parallel.tracking": 8,
     "moe_parallel.trainer": 8,
+    "moe_parallel.start": 8,
     "moe_parallel.option_texts": 8,
     "moe_parallel.train_options": 8,
     "moe_parallel.options": 8,

@@ -17,7 +17,10 @@ def test_a_chain_starts_as_the_plain_model(runner: Runner) -> None:
     bias = ("balance=loss_free", "balance.bias_rate=1e-30")
     path = sorted((plain.folder / "checkpoints").iterdir())[-1]
     chain = runner.run("chain", *bias, *CHAIN, *STILL, f"init.weights={path}")
-    assert "new: layers.1.ffn.later_routers.0.bias, layers.1.ffn.later_routers.0.weight" in chain.err
+    assert (
+        "new: layers.1.ffn.later_scale, layers.1.ffn.later_routers.0.weight, layers.1.ffn.later_routers.0.bias"
+        in chain.err
+    )
     before, after = curve(plain.folder), curve(chain.folder)
     name = "validation/cross_entropy_nats"
     assert after[1][name] == before[max(before)][name]
@@ -30,10 +33,10 @@ def test_weights_that_do_not_fit_are_refused(runner: Runner) -> None:
     chain = runner.run("chain", *CHAIN, *STILL)
     path = sorted((chain.folder / "checkpoints").iterdir())[-1]
     for name, options, text in (
-        ("fewer", (), "unknown to this run: model.layers.1.ffn.later"),
-        ("shape", ("moe.expert_dim=16",), "model.layers.1.ffn.experts.down is"),
+        ("fewer", (), "unknown to this run: layers.1.ffn.later"),
+        ("shape", (*CHAIN, "moe.expert_dim=16"), "layers.1.ffn.experts.gate_up is"),
     ):
         refused = runner.run(name, *STILL, *options, f"init.weights={path}", codes=2)
         assert text in refused.err, name
-    refused = runner.run("nothing", *STILL, f"init.weights={path.parent.parent}", codes=2)
-    assert f"init.weights={path.parent.parent} is not a checkpoint; did you mean {path}?" in refused.err
+    refused = runner.run("nothing", *STILL, f"init.weights={path.parent}", codes=2)
+    assert f"init.weights={path.parent} is not a checkpoint; did you mean {path}?" in refused.err

@@ -252,24 +252,13 @@ class Checkpointer:
         self._current = path
         return join_extra(self._all.together(lambda: json.loads((path / folders.EXTRA).read_text())), extra_tensors)
 
-    def load_weights(self, path: Path, state: TrainingState) -> list[str]:
-        """Fill a model from a checkpoint of it or of one with fewer parts; what that does not have is left as it is.
+    def verify(self, path: Path) -> None:
+        """Compare the checksums of a checkpoint that is read by other means, if `checkpoint.verify` wants it.
 
-        Returns:
-            Names of the parameters and buffers that were left, on whatever rank.
         Raises:
-            UnusableCheckpointError: on all ranks; damaged, with weights that this model does not have or of other
-                shapes.
+            UnusableCheckpointError: on all ranks; names what is damaged.
         """
-        reader, index = self._open(path, None)
-        wanted = self._all.together(lambda: state.empty(index))
-        wanted = {name: entry for name, entry in wanted.items() if name.startswith("model.")}
-        common = {name: entry for name, entry in wanted.items() if name in index.state_dict_metadata}
-        check_fit(common, index, ("model.",), self._group)
-        self._read(path, reader, common)
-        state.load(common)
-        left = self._all.gather(wanted.keys() - common.keys())
-        return sorted(name.removeprefix("model.") for name in set().union(*left))
+        self._verify(path, self._all.together(lambda: folders.read_meta(path))["files"])
 
     def close(self) -> None:
         """Wait for a background save and leave the process groups."""
@@ -346,13 +335,13 @@ class Checkpointer:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def _open(self, path: Path, identity: dict[str, Any] | None) -> tuple[SafeReader, Metadata]:
-        """The checked checkpoint and its index. Identity None takes any model's."""
+    def _open(self, path: Path, identity: dict[str, Any]) -> tuple[SafeReader, Metadata]:
+        """The checked checkpoint and its index."""
         self.wait()
 
         def read() -> dict[str, Any]:
             meta = folders.read_meta(path)
-            if identity is not None and (different := folders.differences(meta["identity"], identity)):
+            if different := folders.differences(meta["identity"], identity):
                 raise UnusableCheckpointError(
                     f"{path} is a checkpoint of another model: " + "; ".join(different) + ". "
                     "Set these options as in the checkpoint, or start a new run with another run.name"
@@ -360,16 +349,20 @@ class Checkpointer:
             return meta
 
         files = self._all.together(read)["files"]
-        if self.config.verify:
-            names = sorted(files, key=lambda name: (files[name]["bytes"], name))[self._all.rank :: self._all.ranks]
-            found = self._all.gather(self._all.together(lambda: folders.damaged(path, files, names)))
-            if wrong := sorted(name for part in found for name in part):
-                raise UnusableCheckpointError(
-                    f"{path} is damaged: {', '.join(wrong)} differ from what was written, by their checksums; "
-                    "take another checkpoint, or remove this one so that resume=auto takes the one before"
-                )
+        self._verify(path, files)
         reader = SafeReader(path, set(files))
         return reader, self._all.together(reader.read_metadata)
+
+    def _verify(self, path: Path, files: dict[str, Any]) -> None:
+        if not self.config.verify:
+            return
+        names = sorted(files, key=lambda name: (files[name]["bytes"], name))[self._all.rank :: self._all.ranks]
+        found = self._all.gather(self._all.together(lambda: folders.damaged(path, files, names)))
+        if wrong := sorted(name for part in found for name in part):
+            raise UnusableCheckpointError(
+                f"{path} is damaged: {', '.join(wrong)} differ from what was written, by their checksums; "
+                "take another checkpoint, or remove this one so that resume=auto takes the one before"
+            )
 
     def _read(self, path: Path, reader: SafeReader, tensors: Entries) -> None:
         try:

@@ -95,6 +95,11 @@ class Pieces:
         """Shape of the whole tensor, under the name that torch's planners ask for."""
         return self.shape
 
+    @property
+    def parts(self) -> dict[torch.Size, Tensor]:
+        """The boxes that they are: offset -> a view of the elements there, in the sizes of the box."""
+        return self._parts
+
     def on_host(self) -> Pieces:
         """A copy in host memory, of these elements and not of the buffers that they lie in."""
         copies = [replace(flat, values=flat.values.detach().to("cpu", copy=True)) for flat in self.ranges]

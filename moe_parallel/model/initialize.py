@@ -32,13 +32,18 @@ class InitConfig:
     """Standard deviation of all weight matrices (0.006 in DeepSeek's models); norms start at 1."""
     scale_output_by_depth: bool = False
     """Divide it by sqrt(2 * model.num_layers) for the matrices that write to the residual stream (GPT-2)."""
-    weights: str | None = None
-    """Folder of a checkpoint to take weights from, with a new optimizer: of the same model, or of one with fewer parts,
-    such as a plain layer for a chain of experts. What it does not have is drawn; null draws all."""
 
     def __post_init__(self) -> None:
         if self.std <= 0:
             raise ValueError(f"init.std={self.std} must be positive")
+
+
+@dataclass(kw_only=True)
+class FreshConfig(InitConfig):
+    weights: str | None = None
+    """Model to take weights from, with a new optimizer: a run folder, a checkpoint, or a folder of a Hugging Face
+    model. Of the same model, or of one with fewer parts, such as a plain layer for a chain of experts. What it does not
+    have is drawn; null draws all."""
 
 
 @torch.no_grad()
@@ -79,8 +84,17 @@ def init_part(
         name, shape: of the whole weight in a Transformer.
         offsets: of the box in it.
     """
-    held = [torch.arange(first, first + size) for first, size in zip(offsets, part.shape, strict=True)]
-    _fill(part, name, shape, held, config, num_layers, seed)
+    _fill(part, name, shape, _box_indices(part, offsets), config, num_layers, seed)
+
+
+@torch.no_grad()
+def normal_part(part: Tensor, shape: Sequence[int], offsets: Sequence[int], std: float, key: int) -> None:
+    """Set a box of a tensor to N(0, std^2); element i of the whole is a hash of (key, i)."""
+    _fill_normal(part, shape, _box_indices(part, offsets), std, key)
+
+
+def _box_indices(part: Tensor, offsets: Sequence[int]) -> list[Tensor]:
+    return [torch.arange(first, first + size) for first, size in zip(offsets, part.shape, strict=True)]
 
 
 def _fill(

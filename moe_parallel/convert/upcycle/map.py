@@ -1,0 +1,233 @@
+"""What all maps from trained models to a new one have in common: options, what they promise, a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from moe_kernels.hashing import hash_key
+from moe_parallel.checkpoint.pieces import Box
+from moe_parallel.convert.lazy import Constant, Lazy
+from moe_parallel.convert.pretrained import Pretrained, shapes_of
+from moe_parallel.model.architecture import Architecture
+from moe_parallel.model.initialize import InitConfig, init_part, normal_part
+from moe_parallel.moe.routers.token_choice import TokenChoiceConfig
+
+Plan = dict[str, Lazy]
+"""All parameters and buffers of the new model by name."""
+Draw = Callable[[str], Lazy]
+"""What a weight of the new model is when it starts from nothing."""
+
+
+class Preserves(str, Enum):
+    """How the new model's logits relate to the source's before the first step."""
+
+    exact = "exact"
+    """Equal but for rounding, whatever the new parts were drawn as."""
+    approximate = "approximate"
+    """Close, by how much depends on weights and text."""
+    none = "none"
+    """The source's knowledge is in there, its function is not."""
+
+
+class OptimizerState(str, Enum):
+    fresh = "fresh"
+    """Moments start at zero."""
+    source = "source"
+    """Moments of the weights that a weight is made of, scaled as its gradient is; zeros for what is new."""
+
+
+@dataclass(kw_only=True)
+class UpcycleConfig(InitConfig):
+    sources: list[str] = dataclasses.field(default_factory=list)
+    """Models to start from: run folders, checkpoints or folders of Hugging Face models, in the order that counts."""
+    optimizer_state: OptimizerState = OptimizerState.fresh
+    """What AdamW knows at the first step."""
+
+    def check(self, sources: Sequence[Architecture], target: Architecture) -> None:
+        """Raises ValueError where these sources cannot become this model by this map, with the relation."""
+        raise NotImplementedError
+
+    def preserves(self, sources: Sequence[Architecture], target: Architecture) -> Preserves:
+        """What the map promises for these models."""
+        raise NotImplementedError
+
+    def plan(self, sources: Sequence[Pretrained], target: Architecture, draw: Draw, seed: int) -> Plan:
+        """Where every weight comes from. Reads nothing, or only small things.
+
+        Args:
+            draw: first values of what is new.
+            seed: of whatever else is random.
+        """
+        raise NotImplementedError
+
+
+def make_plan(config: UpcycleConfig, sources: Sequence[Pretrained], target: Architecture, seed: int) -> Plan:
+    """The checked plan of a map.
+
+    Raises ValueError where the models do not fit.
+    """
+    config.check([source.architecture for source in sources], target)
+    shapes = shapes_of(target)
+    plan = config.plan(sources, target, lambda name: drawn(name, shapes[name], target, config, seed), seed)
+    missing, unknown = shapes.keys() - plan.keys(), plan.keys() - shapes.keys()
+    assert not missing, f"the plan misses {sorted(missing)}"
+    assert not unknown, f"the plan has {sorted(unknown)}, which the model has not"
+    for name, lazy in plan.items():
+        assert lazy.shape == shapes[name], f"{name}: {lazy} has shape {lazy.shape}, not {shapes[name]}"
+    return {name: plan[name] for name in shapes}
+
+
+def drawn(name: str, shape: Sequence[int], architecture: Architecture, config: InitConfig, seed: int) -> Lazy:
+    """The first values of a weight in a model that starts from nothing."""
+    if name.endswith(".bias"):  # buffers of routers
+        return Constant(shape)
+    return Drawn(name, shape, architecture, config, seed)
+
+
+class Drawn(Lazy):
+    """A weight of a model that starts from nothing: the numbers that `init_weights` gives it on any layout."""
+
+    dtype = torch.float32
+
+    def __init__(
+        self, name: str, shape: Sequence[int], architecture: Architecture, config: InitConfig, seed: int
+    ) -> None:
+        self.name, self.shape, self._config, self._seed = name, tuple(shape), config, seed
+        self._num_layers = architecture.model.num_layers
+
+    def read(self, box: Box) -> Tensor:
+        out = torch.empty(box[1])
+        init_part(out, self.name, self.shape, box[0], self._config, self._num_layers, self._seed)
+        return out
+
+    def moment(self, order: int) -> Lazy:
+        return Constant(self.shape)
+
+    def __str__(self) -> str:
+        return "drawn"
+
+
+class Noise(Lazy):
+    """N(0, std^2), a function of the seed, a name and the place of the element."""
+
+    dtype = torch.float32
+
+    def __init__(self, shape: Sequence[int], std: float, seed: int, name: str) -> None:
+        self.shape, self.std, self._key = tuple(shape), std, hash_key(seed, "upcycle", name)
+
+    def read(self, box: Box) -> Tensor:
+        out = torch.empty(box[1])
+        normal_part(out, self.shape, box[0], self.std, self._key)
+        return out
+
+    def moment(self, order: int) -> Lazy:
+        return Constant(self.shape)
+
+    def __str__(self) -> str:
+        return f"N(0, {self.std:.3g}^2)"
+
+
+# -- what several maps need ----------------------------------------------------------------------------------------
+
+
+def outside_of_experts(names: Sequence[str], target: Architecture) -> list[str]:
+    """Names of the weights that are not within a mixture-of-experts layer."""
+    inside = re.compile(rf"layers\.({'|'.join(map(str, target.moe_layers)) or 'none'})\.ffn\.")
+    return [name for name in names if not inside.match(name)]
+
+
+def copied(source: Pretrained, target: Architecture) -> Plan:
+    """Everything outside of mixture-of-experts layers, as it is."""
+    return {name: source.weights[name] for name in outside_of_experts(list(shapes_of(target)), target)}
+
+
+def new_parts(target: Architecture, draw: Draw) -> Plan:
+    """Everything in mixture-of-experts layers but routed and shared experts, drawn: routers, gates, what chains add."""
+    names = list(shapes_of(target))
+    inside = set(names) - set(outside_of_experts(names, target))
+    return {name: draw(name) for name in names if name in inside and not re.search(r"\.ffn\.(experts|shared)\.", name)}
+
+
+def experts_name(layer: int, what: str) -> str:
+    """Of the stacked weights of a layer's routed experts; `what` is gate_up or down."""
+    return f"layers.{layer}.ffn.experts.{what}"
+
+
+def check_one_source(sources: Sequence[Architecture], name: str) -> Architecture:
+    """The only source. Raises ValueError if there are more or none."""
+    if len(sources) != 1:
+        raise ValueError(f"init.sources has {len(sources)} models, but init={name} starts from one")
+    return sources[0]
+
+
+def check_dense(source: Architecture, what: str = "init.sources") -> None:
+    """Raises ValueError if a source has experts."""
+    if source.num_moe_layers > 0:
+        raise ValueError(
+            f"{what} is a model with {source.num_moe_layers} mixture-of-experts layers, but this map starts from a "
+            "dense one; see docs/upcycling.md for maps between models with experts"
+        )
+
+
+def check_same(sources: Sequence[Architecture], target: Architecture, ignore: Sequence[str] = ()) -> None:
+    """Raises ValueError where sources and target differ in what maps of experts leave as it is: width, depth,
+    attention, vocabulary, norms.
+
+    Args:
+        ignore: options that may differ, beside those of experts, routers and balance.
+    """
+    may_differ = {"model.first_dense_layers", "model.mtp_coefficient", "model.max_sequence_tokens", *ignore}
+    may_differ |= {"attention.core"}
+    ours = _options(target)
+    problems = []
+    for number, source in enumerate(sources):
+        theirs = _options(source)
+        problems += [
+            f"{name}={ours.get(name)} here, {theirs.get(name)} in init.sources[{number}]"
+            for name in sorted(ours.keys() | theirs.keys())
+            if name not in may_differ and ours.get(name) != theirs.get(name)
+        ]
+    if problems:
+        raise ValueError(f"the models differ: {'; '.join(problems)}; set these options as the sources have them")
+
+
+def _options(architecture: Architecture) -> dict[str, object]:
+    """Options outside of experts, by name, in their effect: defaults that stand for another option are resolved."""
+    found: dict[str, object] = {"vocab_size": architecture.vocab_size}
+    for section in ("model", "attention"):
+        for name, value in dataclasses.asdict(getattr(architecture, section)).items():
+            found[f"{section}.{name}"] = value
+    found.pop("model.vocab_size")
+    attention = architecture.attention
+    for name in ("key_heads", "head_width"):
+        if hasattr(attention, name):
+            value = getattr(attention, name)
+            found[f"attention.{'num_kv_heads' if name == 'key_heads' else 'head_dim'}"] = (
+                value(architecture.model.dim) if callable(value) else value
+            )
+    return found
+
+
+def weights_sum_to_one(target: Architecture) -> bool:
+    """In evaluation, the weights of a token's experts sum to 1."""
+    router = target.router
+    return isinstance(router, TokenChoiceConfig) and router.normalize and router.route_scale == 1
+
+
+def check_width(option: str, value: int, wanted: int, why: str) -> None:
+    """Raises ValueError where a width is not the one that a map needs."""
+    if value != wanted:
+        raise ValueError(f"{option}={value} must be {wanted}: {why}")
+
+
+def dense_ffn(source: Mapping[str, Lazy], layer: int) -> tuple[Lazy, Lazy, Lazy]:
+    """Gate, up and down of a dense layer: (F, D), (F, D), (D, F)."""
+    prefix = f"layers.{layer}.ffn."
+    return source[f"{prefix}gate.weight"], source[f"{prefix}up.weight"], source[f"{prefix}down.weight"]

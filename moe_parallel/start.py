@@ -1,0 +1,102 @@
+"""Where a run's weights come from: nothing, a model that exists, or a map from models that exist."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_parallel.checkpoint import folder as folders
+from moe_parallel.convert.checkpoint_source import MOMENTS, steps_of_optimizer, weights_of_checkpoint
+from moe_parallel.convert.lazy import Constant, Lazy
+from moe_parallel.convert.pretrained import Pretrained, shapes_of
+from moe_parallel.convert.upcycle.map import OptimizerState, Plan, UpcycleConfig, drawn, make_plan
+from moe_parallel.model.architecture import Architecture
+from moe_parallel.model.initialize import FreshConfig, InitConfig
+from moe_parallel.options import ConfigError, architecture_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a model and its optimizer are filled with before the first step."""
+
+    weights: Plan
+    moments: Plan | None
+    """None for an optimizer that knows nothing."""
+    checkpoints: tuple[Path, ...]
+    """Those of our own format that it reads from."""
+
+
+def open_pretrained(option: str, value: str) -> Pretrained:
+    """The model that an option names: of a run (its newest checkpoint), a checkpoint, or a Hugging Face folder.
+
+    Raises ConfigError if it is none.
+    """
+    path = Path(value).expanduser()
+    if (path / "checkpoints").is_dir():
+        found = folders.complete(path / "checkpoints", log.warning)
+        if not found:
+            raise ConfigError([f"{option}={value} is a run without a complete checkpoint; train it first"])
+        path = found[-1]
+    if (path / folders.META).is_file():
+        meta = folders.read_meta(path)
+        shape = architecture_of(meta["identity"], str(path))
+        return Pretrained(path, shape, weights_of_checkpoint(path), steps_of_optimizer(path))
+    near = sorted(path.glob("**/step_*/meta.json"))
+    hint = f"did you mean {near[-1].parent}?" if near else "give a run folder, its step_00001000, or a model's folder"
+    raise ConfigError([f"{option}={value} is not a checkpoint; {hint}"])
+
+
+def start(config: InitConfig, shape: Architecture, seed: int) -> Start | None:
+    """What a run starts from besides drawn weights; None if that is all.
+
+    Raises ValueError where a source does not fit.
+    """
+    if isinstance(config, UpcycleConfig):
+        sources = [open_pretrained(f"init.sources.{i}", value) for i, value in enumerate(config.sources)]
+        weights = make_plan(config, sources, shape, seed)
+        moments = _moments(weights, sources) if config.optimizer_state is OptimizerState.source else None
+        return Start(weights, moments, _checkpoints(sources))
+    assert isinstance(config, FreshConfig)
+    if config.weights is None:
+        return None
+    source = open_pretrained("init.weights", config.weights)
+    return Start(_same_model(config, source, shape, seed), None, _checkpoints([source]))
+
+
+def _checkpoints(sources: list[Pretrained]) -> tuple[Path, ...]:
+    return tuple(source.path for source in sources if (source.path / folders.META).is_file())
+
+
+def _same_model(config: InitConfig, source: Pretrained, shape: Architecture, seed: int) -> Plan:
+    """Weights by name; those that the source does not have are drawn."""
+    shapes, theirs = shapes_of(shape), source.weights
+    unknown = sorted(theirs.keys() - shapes.keys())
+    different = [
+        f"{name} is {theirs[name].shape} there and {wanted} here"
+        for name, wanted in shapes.items()
+        if name in theirs and theirs[name].shape != wanted
+    ]
+    if unknown or different:
+        told = [f"unknown to this run: {', '.join(unknown[:4])}"] if unknown else []
+        raise ValueError(f"{source.path} does not fit the model: {'; '.join(told + different[:4])}")
+    new = [name for name in shapes if name not in theirs]
+    log.info("weights from %s; new: %s", source.path, ", ".join(new) or "none")
+    return {n: theirs[n] if n in theirs else drawn(n, s, shape, config, seed) for n, s in shapes.items()}
+
+
+def _moments(weights: Plan, sources: list[Pretrained]) -> Plan:
+    counted = [source.steps for source in sources]
+    if None in counted:
+        where = sources[counted.index(None)].path
+        raise ValueError(
+            f"init.optimizer_state=source, but {where} has no optimizer state; set init.optimizer_state=fresh"
+        )
+    steps: Lazy = Constant((), min(count for count in counted if count is not None))
+    found: Plan = {}
+    for name, lazy in weights.items():
+        found |= {f"{name}.{moment}": lazy.moment(order) for order, moment in MOMENTS.items()}
+        found[f"{name}.step"] = steps
+    return found
