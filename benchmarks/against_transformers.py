@@ -62,6 +62,11 @@ class Shape:
     sequence: int
     rows: int
 
+    @property
+    def batch(self) -> tuple[int, int, int]:
+        """What `batch_of` takes."""
+        return self.rows, self.sequence, self.vocabulary
+
 
 SHAPES = (
     Shape("small", 256, 4, 4, 16, 4, 128, 257, 256, 16),
@@ -77,20 +82,20 @@ def text_tokens(count: int, vocabulary: int, seed: int) -> Tensor:
     return torch.tensor(list(text[start : start + count])) * (vocabulary // 257)
 
 
-def batch_of(shape: Shape, seed: int) -> TokenBatch:
-    """One document a row."""
-    tokens = text_tokens(shape.rows * (shape.sequence + 1), shape.vocabulary, seed).view(shape.rows, -1)
-    position = torch.arange(shape.sequence).expand(shape.rows, -1).contiguous()
+def batch_of(rows: int, sequence: int, vocabulary: int, seed: int) -> TokenBatch:
+    """One document a row; the text is that of the seed."""
+    token_BS = text_tokens(rows * (sequence + 1), vocabulary, seed).view(rows, -1)
+    position = torch.arange(sequence).expand(rows, -1).contiguous()
     return TokenBatch(
-        token_BS=tokens[:, :-1].contiguous(),
-        target_BS=tokens[:, 1:].contiguous(),
+        token_BS=token_BS[:, :-1].contiguous(),
+        target_BS=token_BS[:, 1:].contiguous(),
         position_BS=position,
         document_BS=torch.zeros_like(position),
-        sequence_B=torch.arange(shape.rows),
-        source_B=torch.zeros(shape.rows, dtype=torch.int64),
-        document_lengths=((shape.sequence,),) * shape.rows,
-        num_targets=shape.rows * shape.sequence,
-        num_valid=shape.rows * shape.sequence,
+        sequence_B=seed * rows + torch.arange(rows),
+        source_B=torch.zeros(rows, dtype=torch.int64),
+        document_lengths=((sequence,),) * rows,
+        num_targets=rows * sequence,
+        num_valid=rows * sequence,
     )
 
 
@@ -112,7 +117,7 @@ def our_step(shape: Shape) -> Callable[[int], float]:
     targets = world * shape.rows * shape.sequence
 
     def step(index: int) -> float:
-        sums, _ = engine.forward_backward([batch_of(shape, index * world + rank)], index, targets, targets)
+        sums, _ = engine.forward_backward([batch_of(*shape.batch, index * world + rank)], index, targets, targets)
         engine.step(1e-3, engine.gradient_norm())
         return float(sums.summed(engine.group).cross_entropy) / targets
 
@@ -151,7 +156,7 @@ def their_step(shape: Shape, experts: str) -> Callable[[int], float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step(index: int) -> float:
-        batch = batch_of(shape, index * world + rank)
+        batch = batch_of(*shape.batch, index * world + rank)
         logits = model(input_ids=batch.token_BS).logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch.target_BS.flatten())
         loss.backward()

@@ -21,10 +21,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
-from against_transformers import text_tokens
+from against_transformers import batch_of
 from report import processor, write_between
 
-from moe_data.batch import TokenBatch
 from moe_parallel import launch
 from moe_parallel.engines.native import NativeEngine
 from moe_parallel.mesh import ParallelConfig, ParallelMesh, make_layout
@@ -81,23 +80,6 @@ SETTINGS = [
 ]
 
 
-def batch_of(rows: int, first: int) -> TokenBatch:
-    """One document a row, of Python's own library."""
-    tokens = text_tokens(rows * (LENGTH + 1), VOCABULARY, first).view(rows, -1)
-    position = torch.arange(LENGTH).expand(rows, -1).contiguous()
-    return TokenBatch(
-        token_BS=tokens[:, :-1].contiguous(),
-        target_BS=tokens[:, 1:].contiguous(),
-        position_BS=position,
-        document_BS=torch.zeros_like(position),
-        sequence_B=first + torch.arange(rows),
-        source_B=torch.zeros(rows, dtype=torch.int64),
-        document_lengths=((LENGTH,),) * rows,
-        num_targets=rows * LENGTH,
-        num_valid=rows * LENGTH,
-    )
-
-
 def worker(setting: Setting, steps: int) -> None:
     """Timed steps of one layout; rank 0 prints a line of JSON."""
     torch.set_num_threads(1)
@@ -120,8 +102,8 @@ def worker(setting: Setting, steps: int) -> None:
     mine, targets = rows // layout.batch_ranks // MICRO_BATCHES, rows * LENGTH
     seconds = []
     for step in range(steps + 2):
-        first = (step * layout.batch_ranks + layout.batch_rank(here.rank)) * mine * MICRO_BATCHES
-        batches = [batch_of(mine, first + index * mine) for index in range(MICRO_BATCHES)]
+        first = (step * layout.batch_ranks + layout.batch_rank(here.rank)) * MICRO_BATCHES
+        batches = [batch_of(mine, LENGTH, VOCABULARY, first + index) for index in range(MICRO_BATCHES)]
         dist.barrier()
         began = time.perf_counter()
         engine.forward_backward(batches, step, targets, targets)

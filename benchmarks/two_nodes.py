@@ -259,7 +259,7 @@ def training_arms() -> dict[str, Callable[[int], None]]:
         targets = RANKS * SHAPE.rows * SHAPE.sequence
 
         def once(index: int) -> None:
-            batch = batch_of(SHAPE, index * RANKS + dist.get_rank())
+            batch = batch_of(*SHAPE.batch, index * RANKS + dist.get_rank())
             sums, _ = engine.forward_backward([batch], index, targets, targets)
             engine.step(1e-3, engine.gradient_norm())
             engine.update_routers(sums.summed(engine.group))
