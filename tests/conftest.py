@@ -63,10 +63,26 @@ def runner(tmp_path, small_corpus):
 def pytest_collection_modifyitems(items):
     import torch
 
+    for item in items:  # what a module has made once stays in one worker
+        fixtures = [found[-1] for found in item._fixtureinfo.name2fixturedefs.values()]
+        if any(fixture.scope == "module" for fixture in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_sessionfinish(session):
+    """A worker of several hands its rows over to the process that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tables"] = list(_TABLES.values())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for rows, found in zip(_TABLES.values(), getattr(node, "workeroutput", {}).get("tables", [])):
+        rows += [tuple(row) for row in found]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -9,6 +9,8 @@ Tier 2, real processes on gloo with 2 and 4 ranks: the whole table again, on the
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,16 +27,9 @@ EXACT = 1e-12
 # weight gradients of each rank are rounded to bf16 before the float32 sum (u each), and activations that saw another
 # order of sums may differ by one rounding, through at most a dozen operations in a row. 16 u bounds their sum.
 BF16 = 16 * 2**-9
-SMALL = [
-    "TWO",
-    "FOUR",
-    "ROUTERS_TWO",
-    "ROUTERS_FOUR",
-    "DISPATCH_TWO",
-    "DISPATCH_FOUR",
-    "SEQUENCES_TWO",
-    "SEQUENCES_FOUR",
-]
+SMALL = ["TWO", "FOUR", "ROUTERS_TWO", "ROUTERS_FOUR", "DISPATCH_TWO", "DISPATCH_FOUR"]
+SMALL += ["SEQUENCES_TWO", "SEQUENCES_FOUR"]
+TABLES = ["ONE", "ROUTERS_ONE", *SMALL, "EIGHT", "SEQUENCES_EIGHT"]
 
 
 def run_cases(cases: list[Case], as_one: bool = False) -> list[list[Outcome]]:
@@ -80,33 +75,31 @@ def check(case: Case, got: list[Outcome], wanted: list[Outcome], tier: str, reco
     record(case, tier, worst, tolerance)
 
 
-@pytest.fixture(scope="session")
-def references() -> dict[str, list[Outcome]]:
+@cache
+def reference(name: str) -> list[Outcome]:
     """One plain process, computed once for both tiers."""
     torch.set_num_threads(1)
-    cases = [*table.ONE, *table.TWO, *table.FOUR, *table.EIGHT, *table.ROUTERS_TWO, *table.ROUTERS_FOUR]
-    cases += [*table.ROUTERS_ONE, *table.DISPATCH_TWO, *table.DISPATCH_FOUR]
-    cases += [*table.SEQUENCES_TWO, *table.SEQUENCES_FOUR, *table.SEQUENCES_EIGHT]
-    assert len({case.name for case in cases}) == len(cases), "references are found by name"
-    return {case.name: run_reference(case) for case in cases}
+    cases = [case for rows in TABLES for case in getattr(table, rows)]
+    (case,) = [case for case in cases if case.name == name]  # references are found by name
+    return run_reference(case)
 
 
-@pytest.mark.parametrize("rows", ["ONE", "ROUTERS_ONE", *SMALL, "EIGHT", "SEQUENCES_EIGHT"])
-def test_threads(rows, references, parity_table):
+@pytest.mark.parametrize("rows", TABLES)
+def test_threads(rows, parity_table):
     """A missing, doubled or wrongly scaled reduction leaves the loss right and the gradient wrong."""
     cases = getattr(table, rows)
     for case, got in zip(cases, run_threads(run_cases, cases[0].world, cases)[0], strict=True):
-        check(case, got, references[case.name], "threads", parity_table)
+        check(case, got, reference(case.name), "threads", parity_table)
 
 
 @pytest.mark.parametrize("rows", SMALL)
-def test_processes(rows, references, parity_table):
+def test_processes(rows, parity_table):
     """The same table over gloo: catches what threads hide, such as a collective that one rank does not join."""
     cases = getattr(table, rows)
     everyone = run_ranks(run_cases, cases[0].world, cases)
     for index, case in enumerate(cases):
         for got in everyone:  # every rank must have gathered the same full gradients
-            check(case, got[index], references[case.name], "processes", parity_table)
+            check(case, got[index], reference(case.name), "processes", parity_table)
 
 
 def test_bfloat16(parity_table):
@@ -117,10 +110,10 @@ def test_bfloat16(parity_table):
         check(case, got[:1], wanted[:1], "threads", parity_table)
 
 
-def test_the_suite_can_fail(references):
+def test_the_suite_can_fail():
     """A gradient that one rank forgot to add must not pass: a proof that the comparison compares."""
     case = table.TWO[0]
-    broken = [Outcome(**vars(outcome)) for outcome in references[case.name]]
+    broken = [Outcome(**vars(outcome)) for outcome in reference(case.name)]
     broken[1].gradients = {n: g * (2.0 if "router" in n else 1.0) for n, g in broken[1].gradients.items()}
     with pytest.raises(AssertionError, match="router"):
-        check(case, broken, references[case.name], "threads", lambda *row: None)
+        check(case, broken, reference(case.name), "threads", lambda *row: None)
