@@ -12,7 +12,7 @@ NAME ?= granularity
 # Tests that run at once; most of them are processes of several ranks.
 TEST_JOBS ?= 2
 
-.PHONY: install train test parity parity-slow compare bench bench-gpu bench-gpu-train bench-checkpoint bench-nodes bench-overlap bench-plan bench-skew bench-scaling check format help clean
+.PHONY: install train test parity parity-slow compare bench bench-gpu bench-gpu-train bench-checkpoint bench-convert bench-nodes bench-overlap bench-plan bench-skew bench-scaling check format help clean
 
 help:
 	@echo "make install   create .venv with pinned dependencies"
@@ -27,6 +27,7 @@ help:
 	@echo "make bench-nodes  flat against two-hop exchange over a slow link between two nodes, in namespaces; as root"
 	@echo "make bench-overlap  how much of a slow exchange computation hides, in namespaces; as root"
 	@echo "make bench-checkpoint  saving and loading against the disk, and from a kill to training again   (ARGS=--write)"
+	@echo "make bench-convert  import and export of Hugging Face folders against safetensors copying them   (ARGS=--write)"
 	@echo "make bench-plan   what the planner predicts for 16, 256 and 2,048 GPUs   (ARGS=--write: into docs/benchmarks.md)"
 	@echo "make bench-skew   least-loaded dispatch under skewed loads, 4 processes   (ARGS=--write: into docs/benchmarks.md)"
 	@echo "make bench-scaling  weak and strong scaling of every kind of parallelism over 1, 2, 4 processes"
@@ -73,6 +74,9 @@ bench-gpu-train:
 
 bench-checkpoint: $(READY)
 	$(BIN)/python benchmarks/checkpoint.py $(ARGS)
+
+bench-convert: $(READY)
+	$(BIN)/python benchmarks/convert.py $(ARGS)
 
 bench-plan: $(READY)
 	$(BIN)/python benchmarks/planned_scaling.py $(ARGS)

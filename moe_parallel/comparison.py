@@ -11,6 +11,8 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,11 @@ from moe_parallel.run_folder import RunFolder
 LOSS = "validation/cross_entropy_nats"
 SPEED = "speed/tokens_per_second"
 SPECIALIZATION = "specialization"
+EXPERT_COSINE = "expert_cosine"
+START, START_GAP = "start_nats", "start_gap_nats"
+"""Validation loss before the first step, and that minus the baseline's; with evaluation.at_start."""
+EQUAL_FLOPS = "equal_flops_nats"
+"""Validation loss where a run has cost as much as the cheapest one of its seed in all."""
 
 TOKENS = ("train.steps", "train.global_batch_tokens", "train.sequence_tokens")
 """Options that no comparison may vary: its arms would see other tokens."""
@@ -48,9 +55,12 @@ class Comparison:
     arms: list[str]
     """In the order of the table."""
     varies: list[str] = field(default_factory=list)
-    """Options of the shared sections that arms may differ in."""
+    """Options of the shared sections that arms may differ in, as patterns."""
     columns: list[str] = field(default_factory=list)
-    """Training metrics that the table shows besides the loss, and `specialization`."""
+    """Training metrics that the table shows besides the loss, and what is measured: `specialization`, `expert_cosine`,
+    `start_gap_nats`, `equal_flops_nats`."""
+    first: str | None = None
+    """A run that is no arm and that arms start from: made before them for each seed, of other tokens."""
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -66,9 +76,11 @@ def read_comparison(folder: Path) -> Comparison:
         keys = ", ".join(f.name for f in fields(Comparison) if f.name != "name")
         raise ValueError(f"{path}: {' '.join(str(error).split())}; its keys are {keys}") from error
     files = {arm.stem for arm in folder.glob("[!_]*.yaml")}
-    if wrong := sorted(files ^ set(comparison.arms)):
-        raise ValueError(f"{path}: `arms` and the files beside it differ in {', '.join(wrong)}; make them the same")
-    if comparison.baseline not in files:
+    if wrong := sorted(files ^ {*comparison.arms, *([comparison.first] if comparison.first else [])}):
+        raise ValueError(
+            f"{path}: `arms`, `first` and the files beside it differ in {', '.join(wrong)}; make them the same"
+        )
+    if comparison.baseline not in comparison.arms:
         raise ValueError(f"{path}: baseline={comparison.baseline} is no arm; choose from {', '.join(comparison.arms)}")
     return comparison
 
@@ -99,7 +111,7 @@ def check_alike(comparison: Comparison, options: dict[str, Flat]) -> None:
     """Raises ValueError where arms differ in tokens, or in another shared option without saying so."""
     problems = []
     for name, values in differences(options).items():
-        shared = name.split(".")[0] in ALIKE and name not in comparison.varies
+        shared = name.split(".")[0] in ALIKE and not any(fnmatchcase(name, varied) for varied in comparison.varies)
         if name in TOKENS or shared:
             told = ", ".join(f"{arm} {value}" for arm, value in values.items())
             remedy = "" if name in TOKENS else f", or name it in `varies` of {comparison.name}/_comparison.yaml"
@@ -176,6 +188,8 @@ def read_outcome(run: Path, measured: Measured) -> Outcome:
     metrics |= {SPEED: statistics.median(speeds)} if speeds else {}
     metrics |= {name: value for name, value in rows[-1].items() if name.startswith("validation/")}
     metrics[SPECIALIZATION] = measured.specialization
+    metrics |= {} if measured.expert_cosine is None else {EXPERT_COSINE: measured.expert_cosine}
+    metrics |= {START: rows[0][LOSS]} if rows[0]["step"] == 0 else {}
     if LOSS not in metrics:
         raise ValueError(f"{run} has no validation loss; set data.validation_sequences and a validation_fraction")
     facts = json.loads(folder.model.read_text())
@@ -187,6 +201,26 @@ def read_outcome(run: Path, measured: Measured) -> Outcome:
         flops_per_token=measured.flops_per_token,
         revision=git and git["revision"][:12] + ("*" if git["dirty"] else ""),
     )
+
+
+def loss_at(curve: Sequence[tuple[int, float]], tokens: float) -> float:
+    """Validation loss at a number of tokens, on a straight line between two evaluations. Raises ValueError beyond."""
+    for (before, high), (after, low) in pairwise(curve):
+        if before <= tokens <= after:
+            return high + (low - high) * (tokens - before) / (after - before)
+    raise ValueError(f"there is no evaluation on both sides of {tokens:.0f} tokens; lower evaluation.every_steps")
+
+
+def add_relations(comparison: Comparison, outcomes: dict[str, list[Outcome]]) -> None:
+    """Metrics that need the other arms of the same seed."""
+    for index, reference in enumerate(outcomes[comparison.baseline]):
+        runs = [arm[index] for arm in outcomes.values()]
+        budget = min(run.flops_per_token * run.curve[-1][0] for run in runs)
+        for run in runs:
+            if EQUAL_FLOPS in comparison.columns:
+                run.metrics[EQUAL_FLOPS] = loss_at(run.curve, min(budget / run.flops_per_token, run.curve[-1][0]))
+            if START in run.metrics and START in reference.metrics:
+                run.metrics[START_GAP] = run.metrics[START] - reference.metrics[START]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from moe_data.tokenizers import build_tokenizer
 from moe_parallel import launch
 from moe_parallel.checkpoint.checkpointer import Checkpointer
 from moe_parallel.checkpoint.state import TorchState
+from moe_parallel.convert.verify import expert_cosine
 from moe_parallel.engines.native import NativeEngine
 from moe_parallel.launch import Launch
 from moe_parallel.mesh import ParallelMesh
@@ -44,6 +45,8 @@ class Measured:
     domains and layers."""
     domain_share: dict[str, list[list[float]]]
     """By domain: for each pass of a mixture-of-experts layer the share of each expert, over the validation text."""
+    expert_cosine: float | None
+    """Mean cosine of the weights of two experts of a layer, over all pairs and layers; None without experts."""
 
 
 def measure_runs(runs: Sequence[Path]) -> dict[Path, Measured]:
@@ -52,13 +55,20 @@ def measure_runs(runs: Sequence[Path]) -> dict[Path, Measured]:
     here: Launch | None = None
     for run in runs:
         kept, result = run / "measured.json", RunFolder(run).result
-        if not kept.is_file() or kept.stat().st_mtime < result.stat().st_mtime:
+        if not _is_measured(kept, result):
             here = here or launch.start(timeout_seconds=60)
             write_text_atomic(kept, json.dumps(asdict(_measure(run, here))) + "\n")
         found[run] = Measured(**json.loads(kept.read_text()))
     if here is not None:
         launch.finish()
     return found
+
+
+def _is_measured(kept: Path, result: Path) -> bool:
+    """All of what is measured today, and since the run has ended."""
+    if not kept.is_file() or kept.stat().st_mtime < result.stat().st_mtime:
+        return False
+    return json.loads(kept.read_text()).keys() == {field.name for field in fields(Measured)}
 
 
 def _measure(run: Path, here: Launch) -> Measured:
@@ -87,10 +97,12 @@ def _measure(run: Path, here: Launch) -> Measured:
     flops = sum(training_flops(engine, batches, train.steps - 1).values())
     validation = ValidationData(config.data, tokenizer, train.sequence_tokens, shape.vocab_size)
     share = {domain: _shares(engine, validation, domain, size) for domain in validation.domains}
+    cosines = [expert_cosine(layer) for layer in engine.layers]
     return Measured(
         flops_per_token=flops / sum(batch.num_valid for batch in batches),
         specialization=specialization(list(share.values())),
         domain_share={domain: share_LE.tolist() for domain, share_LE in share.items()},
+        expert_cosine=sum(cosines) / len(cosines) if cosines else None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import field
 from enum import Enum
 from typing import Any
 
@@ -45,6 +46,13 @@ class OptimConfig:
     """Decoupled weight decay of matrices; norms and other vectors have none."""
     max_gradient_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 only measures it."""
+    schedule_start_step: int = 0
+    """Steps that the schedule counts as done before the first one: those of the run that the weights come from, to go
+    on with its learning rate instead of warming up anew. The schedule then ends after this and train.steps together."""
+    frozen: list[str] = field(default_factory=list)
+    """Weights that do not learn, as patterns of names such as `layers.*.ffn.shared.*` or `embedding.weight`."""
+    router_only_steps: int = 0
+    """Only routers learn in the first steps of a run; all else has no update, no moments and no decay then."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -58,13 +66,17 @@ class OptimConfig:
         for name in ("learning_rate", "epsilon"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be positive")
-        for name in ("warmup_steps", "weight_decay", "max_gradient_norm"):
+        for name in (
+            *("warmup_steps", "weight_decay", "max_gradient_norm"),
+            *("schedule_start_step", "router_only_steps"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """Rate of the optimizer step with index `step`, from 0; a pure function, so that a resume needs no state."""
+    step, total_steps = step + config.schedule_start_step, total_steps + config.schedule_start_step
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
@@ -91,7 +103,8 @@ def parameter_groups(parameters: list[tuple[nn.Parameter, int]], config: OptimCo
         {"params": [p for p, dimensions in parameters if dimensions >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p, dimensions in parameters if dimensions < 2], "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    # torch wants a group, even on a stage of a pipeline where nothing learns.
+    return [group for group in groups if group["params"]] or groups[:1]
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
@@ -129,12 +142,14 @@ def global_gradient_norm(
     world = 1 if group is None else dist.get_world_size(group)
     sharing = world if stage_ranks is None else stage_ranks
     by_copies: dict[int, list[Tensor]] = {}
+    some: nn.Parameter | None = None
     for parameter in parameters:
+        some = parameter
         if parameter.grad is not None:
             gradient = parameter.grad
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             by_copies.setdefault(_copies(gradient, sharing), []).append(local)
-    some = next(iter(by_copies.values()))[0]
+    assert some is not None
     total = torch.zeros((), dtype=torch.promote_types(some.dtype, torch.float32), device=some.device)
     for copies, gradients in sorted(by_copies.items()):
         norms = torch.stack([n.to(total.dtype) for n in torch._foreach_norm(gradients)])
@@ -150,4 +165,5 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
         return
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     local = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
-    torch._foreach_mul_(local, factor)
+    if local:  # a stage of a pipeline may have nothing that learns
+        torch._foreach_mul_(local, factor)

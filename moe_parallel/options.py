@@ -27,7 +27,18 @@ from moe_data.loader import DataConfig
 from moe_data.tokenizers import TokenizerConfig
 from moe_parallel import option_texts
 from moe_parallel.checkpoint.checkpointer import CheckpointConfig
+from moe_parallel.convert.upcycle.adjugate import AdjugateStartConfig
+from moe_parallel.convert.upcycle.chain import ChainStartConfig
+from moe_parallel.convert.upcycle.delta import DeltaConfig
+from moe_parallel.convert.upcycle.densify import DensifyConfig
+from moe_parallel.convert.upcycle.drop import DropConfig
+from moe_parallel.convert.upcycle.granular import GranularConfig
+from moe_parallel.convert.upcycle.merge import MergeConfig
+from moe_parallel.convert.upcycle.merge_domain import AddDomainConfig
+from moe_parallel.convert.upcycle.resize import ResizeConfig
+from moe_parallel.convert.upcycle.shared import SharedConfig
 from moe_parallel.convert.upcycle.sparse import SparseConfig
+from moe_parallel.convert.upcycle.ternary import TernaryConfig
 from moe_parallel.engines.config import EngineConfig, NativeEngineConfig
 from moe_parallel.engines.deepspeed_config import DeepSpeedConfig
 from moe_parallel.engines.megatron_config import MegatronConfig
@@ -44,6 +55,7 @@ from moe_parallel.moe.dispatch.least_loaded import LeastLoadedConfig
 from moe_parallel.moe.dispatch.two_hop import TwoHopConfig
 from moe_parallel.moe.layer import MoEConfig
 from moe_parallel.moe.routers.bi_level import BiLevelConfig
+from moe_parallel.moe.routers.domain import DomainConfig
 from moe_parallel.moe.routers.expert_choice import ExpertChoiceConfig
 from moe_parallel.moe.routers.hash import HashConfig
 from moe_parallel.moe.routers.plugin import PluginConfig
@@ -76,12 +88,18 @@ ROUTERS = {
     "bi_level": BiLevelConfig,
     "random": RandomConfig,
     "hash": HashConfig,
+    "domain": DomainConfig,
     "plugin": PluginConfig,
 }
 DISPATCHES: dict[str, type] = {"all_to_all": AllToAllConfig, "two_hop": TwoHopConfig}
 DISPATCHES |= {"least_loaded": LeastLoadedConfig, "deepep": DeepEPConfig}
 ENGINES: dict[str, type] = {"native": NativeEngineConfig, "deepspeed": DeepSpeedConfig, "megatron": MegatronConfig}
 INITS: dict[str, type] = {"fresh": FreshConfig, "upcycle": SparseConfig}
+INITS |= {"upcycle_granular": GranularConfig, "upcycle_drop": DropConfig, "upcycle_shared": SharedConfig}
+INITS["chain"] = ChainStartConfig
+INITS |= {"delta": DeltaConfig, "ternary": TernaryConfig}
+INITS |= {"merge": MergeConfig, "add_domain": AddDomainConfig}
+INITS |= {"resize": ResizeConfig, "densify": DensifyConfig, "adjugate": AdjugateStartConfig}
 GROUPS_OF_KINDS: dict[str, dict[str, type]] = {"attention": ATTENTIONS, "router": ROUTERS, "dispatch": DISPATCHES}
 GROUPS_OF_KINDS |= {"engine": ENGINES, "init": INITS}
 """A dataclass for each kind of a section. No two have the same names of options: saved ones are told apart by them."""

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from moe_parallel.engines.config import EngineSetting
 from moe_parallel.engines.parallelize import sequence_problems
+from moe_parallel.learning import learning_problems, routers_learn
 from moe_parallel.mesh import Layout, make_layout
 from moe_parallel.moe.dispatch.config import DispatchSetting
 from moe_parallel.moe.routers.router import BatchShape
@@ -34,6 +35,9 @@ def check(config: Config, ranks: int, device_type: str | None = None) -> Layout:
     # The tokenizer is not known yet.
     shape = attempt(lambda: architecture(config, None if config.model.vocab_size else 1))
     attempt(lambda: config.checkpoint.check_evaluation(config.evaluation.every_steps, config.data.validation_sequences))
+    problems += [] if shape is None else learning_problems(config.optim, shape)
+    if shape is not None and shape.num_moe_layers and routers_learn(config.optim, shape):
+        attempt(config.router.check_learning)
     if device_type is not None:
         attempt(lambda: config.attention.core.check_training(device_type))
         attempt(lambda: config.moe.check_kernel(device_type, config.train.compute_type(device_type), config.model.dim))
@@ -71,11 +75,27 @@ def _expert_problems(config: Config, layout: Layout) -> list[str]:
             f"parallel.ep={layout.ep} splits experts, but model.first_dense_layers={model.first_dense_layers} leaves "
             f"none of model.num_layers={model.num_layers}; set parallel.ep=1"
         )
-    if layout.ep > 1 and model.dim % parts and config.moe.expert_dim % parts:
+    groups = config.moe.adjugate_groups
+    if groups % layout.ep != 0:
+        legal = [n for n in range(layout.ep, config.moe.num_experts + 1, layout.ep) if config.moe.num_experts % n == 0]
         problems.append(
-            f"parallel.shard={layout.shard} over parallel.ep={layout.ep} leaves {parts} ranks for each expert, which "
-            f"divide neither model.dim={model.dim} nor moe.expert_dim={config.moe.expert_dim}; change one of them"
+            f"moe.adjugate_groups={groups} is not a multiple of parallel.ep={layout.ep}: experts of a group lie on one "
+            f"rank; legal values: {legal}"
         )
+    for name, width in (("expert_dim", config.moe.expert_dim), ("adjugate_dim", config.moe.adjugate_dim)):
+        if layout.ep > 1 and model.dim % parts and width % parts and (name == "expert_dim" or groups):
+            problems.append(
+                f"parallel.shard={layout.shard} over parallel.ep={layout.ep} leaves {parts} ranks for each expert, which "
+                f"divide neither model.dim={model.dim} nor moe.{name}={width}; change one of them"
+            )
+    if layout.ep > 1 and config.moe.delta_rank is not None:
+        for name, (_, *sides) in config.moe.form.shapes(1, model.dim, config.moe.expert_dim).items():
+            if all(side % parts for side in sides):
+                problems.append(
+                    f"parallel.shard={layout.shard} over parallel.ep={layout.ep} leaves {parts} ranks for each expert, "
+                    f"which divide no side of its {name} ({' x '.join(map(str, sides))}); change moe.delta_rank="
+                    f"{config.moe.delta_rank}, or one of parallel.shard and parallel.ep"
+                )
     return problems
 
 

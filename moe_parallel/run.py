@@ -150,6 +150,8 @@ class _Run:
             self._take_over(engine, checkpointer)
         else:
             extra = checkpointer.load(path, engine.checkpoint_state(), identity)
+            if "data" not in extra:
+                raise ConfigError([f"{path} is a model without a training state; start with init.weights={path}"])
             data.load_state_dict(extra["data"])  # before anything is written: it may be of other data
             log.info("resuming from %s at step %d", path, extra["step"])
         self._say_what_computes(engine)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from moe_parallel.checkpoint import folder as folders
 from moe_parallel.convert.checkpoint_source import MOMENTS, steps_of_optimizer, weights_of_checkpoint
+from moe_parallel.convert.huggingface.folder import is_model, open_model
+from moe_parallel.convert.huggingface.function import differences
 from moe_parallel.convert.lazy import Constant, Lazy
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
 from moe_parallel.convert.upcycle.map import OptimizerState, Plan, UpcycleConfig, drawn, make_plan
@@ -32,7 +34,7 @@ class Start:
 def open_pretrained(option: str, value: str) -> Pretrained:
     """The model that an option names: of a run (its newest checkpoint), a checkpoint, or a Hugging Face folder.
 
-    Raises ConfigError if it is none.
+    Raises ConfigError if it is none, ValueError for a folder whose model has no counterpart here.
     """
     path = Path(value).expanduser()
     if (path / "checkpoints").is_dir():
@@ -44,9 +46,16 @@ def open_pretrained(option: str, value: str) -> Pretrained:
         meta = folders.read_meta(path)
         shape = architecture_of(meta["identity"], str(path))
         return Pretrained(path, shape, weights_of_checkpoint(path), steps_of_optimizer(path))
+    if is_model(path):
+        return open_model(path)
     near = sorted(path.glob("**/step_*/meta.json"))
     hint = f"did you mean {near[-1].parent}?" if near else "give a run folder, its step_00001000, or a model's folder"
     raise ConfigError([f"{option}={value} is not a checkpoint; {hint}"])
+
+
+def open_sources(config: UpcycleConfig) -> list[Pretrained]:
+    """The models that a map starts from. Raises ConfigError where one is none."""
+    return [open_pretrained(f"init.sources.{number}", value) for number, value in enumerate(config.sources)]
 
 
 def start(config: InitConfig, shape: Architecture, seed: int) -> Start | None:
@@ -55,7 +64,7 @@ def start(config: InitConfig, shape: Architecture, seed: int) -> Start | None:
     Raises ValueError where a source does not fit.
     """
     if isinstance(config, UpcycleConfig):
-        sources = [open_pretrained(f"init.sources.{i}", value) for i, value in enumerate(config.sources)]
+        sources = open_sources(config)
         weights = make_plan(config, sources, shape, seed)
         moments = _moments(weights, sources) if config.optimizer_state is OptimizerState.source else None
         return Start(weights, moments, _checkpoints(sources))
@@ -84,6 +93,10 @@ def _same_model(config: InitConfig, source: Pretrained, shape: Architecture, see
         raise ValueError(f"{source.path} does not fit the model: {'; '.join(told + different[:4])}")
     new = [name for name in shapes if name not in theirs]
     log.info("weights from %s; new: %s", source.path, ", ".join(new) or "none")
+    if told := [
+        f"{name}={ours}, there {theirs}" for name, (ours, theirs) in differences(shape, source.architecture).items()
+    ]:
+        log.warning("the weights are of a model that computes something else: %s", "; ".join(told))
     return {n: theirs[n] if n in theirs else drawn(n, s, shape, config, seed) for n, s in shapes.items()}
 
 

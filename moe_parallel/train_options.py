@@ -85,6 +85,8 @@ class TrainConfig:
 class EvaluationConfig:
     every_steps: int = 100
     """Evaluate every so many steps, and always at the end; 0 evaluates at the end only."""
+    at_start: bool = False
+    """Evaluate before the first step as well, for a run that starts from weights; it is step 0 in the metrics."""
     sample_tokens: int = 96
     """Tokens of generated text at the end; 0 writes none."""
     sample_prompt: str = "def "

@@ -110,6 +110,8 @@ class Trainer:
             depth=self.config.prefetch_steps,
         )
         try:
+            if self.config.evaluation.at_start and first_step == 0 and self._saved_step is None:
+                self.tracker.log(0, 0, self.evaluate())
             if self.unlogged and first_step < total:  # an earlier run ended between the step and its evaluation
                 self.log_step(evaluate=True)
             while state.step < total:

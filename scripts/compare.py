@@ -30,6 +30,7 @@ from moe_parallel.comparison import (
     Comparison,
     Flat,
     Results,
+    add_relations,
     check_alike,
     differences,
     flatten,
@@ -46,6 +47,8 @@ ROOT = Path(__file__).parents[1]
 CONFIGS, DOCS = ROOT / "configs", ROOT / "docs"
 OURS = ("train.seed", "run.name", "run.dir", "resume", "dry_run", "experiment")
 """Options that this command sets itself."""
+FIRST_SEED = 1000
+"""Added to the seed of the run that arms start from: they are to see tokens that it has not seen."""
 RunKey = tuple[str, int]
 
 
@@ -127,30 +130,34 @@ def compare(arguments: argparse.Namespace) -> Results:
         extra.insert(0, f"+experiment/_size={arguments.size}")
         comparison = replace(comparison, name=f"{comparison.name}_{arguments.size}")
     base = arguments.runs / comparison.name
-    keys = [(arm, seed) for seed in seeds for arm in comparison.arms]
+    first = [comparison.first] if comparison.first else []
+    keys = [(arm, seed) for seed in seeds for arm in [*first, *comparison.arms]]
     folders = {(arm, seed): base / arm / f"seed_{seed}" for arm, seed in keys}
     commands = {
         (arm, seed): [
             *(f"experiment={arguments.name}/{arm}", *extra),
-            *(f"train.seed={seed}", f"run.dir={base / arm}", f"run.name=seed_{seed}"),
+            f"train.seed={seed + FIRST_SEED if arm in first else seed}",
+            *(f"run.dir={base / arm}", f"run.name=seed_{seed}"),
         ]
         for arm, seed in keys
     }
     options.register()
     flats = {key: composed(command) for key, command in commands.items()}
-    first = {arm: flats[arm, seeds[0]] for arm in comparison.arms}
+    alike = {arm: flats[arm, seeds[0]] for arm in comparison.arms}
     print(comparison.question)
-    for name, values in differences(first).items():
+    for name, values in differences(alike).items():
         print(f"  {name}: {', '.join(f'{arm} {value}' for arm, value in values.items())}")
-    check_alike(comparison, first)
+    check_alike(comparison, alike)
     todo = {key: commands[key] for key in keys if not is_finished(folders[key], flats[key])}
-    train_all(todo, folders, arguments.jobs)
-    measured = measure_runs([folders[key] for key in keys])
+    train_all({key: todo[key] for key in todo if key[0] in first}, folders, arguments.jobs)
+    train_all({key: todo[key] for key in todo if key[0] not in first}, folders, arguments.jobs)
+    measured = measure_runs([folders[key] for key in keys if key[0] not in first])
     outcomes = {
         arm: [read_outcome(folders[arm, seed], measured[folders[arm, seed]]) for seed in seeds]
         for arm in comparison.arms
     }
-    return Results(comparison, seeds, differences(first), outcomes)
+    add_relations(comparison, outcomes)
+    return Results(comparison, seeds, differences(alike), outcomes)
 
 
 # -- the picture ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,15 +20,20 @@ from moe_data import embedded
 from moe_parallel import launch, measured, options, relations
 from moe_parallel.comparison import (
     ALIKE,
+    EQUAL_FLOPS,
     LOSS,
+    START,
+    START_GAP,
     Comparison,
     Outcome,
     Results,
     Spread,
+    add_relations,
     check_alike,
     differences,
     flatten,
     is_finished,
+    loss_at,
     markdown,
     read_comparison,
     write_between_marks,
@@ -36,7 +41,9 @@ from moe_parallel.comparison import (
 from moe_parallel.engines.native import NativeEngine
 from moe_parallel.launch import Launch
 from moe_parallel.mesh import ParallelMesh
+from moe_parallel.metrics_file import read_metrics
 from moe_parallel.model.counts import count_parameters
+from moe_parallel.options import load_config
 from tests.batches import make_batch
 from tests.runs import ROOT
 from tests.test_options import composed
@@ -191,6 +198,47 @@ def test_spread_and_table() -> None:
     json.dumps(results.as_json(), allow_nan=False)
 
 
+def test_equal_flops_and_the_start() -> None:
+    """By hand: arm b costs twice as much a token, so what a has in all 200 tokens buys b the first 100, between its
+    evaluations at 80 and 120. Would catch: a budget of the dearest arm, or of another seed; a gap of the wrong sign."""
+
+    def outcome(curve: list[tuple[int, float]], flops: float) -> Outcome:
+        start = {START: curve[0][1]}
+        return Outcome(metrics=start, curve=curve, parameters=(9, 5), flops_per_token=flops, revision=None)
+
+    dear = [(0, 4.0), (80, 3.0), (120, 2.0), (200, 1.0)]
+    runs = {
+        "a": [outcome([(0, 3.5), (200, 1.5)], 1.0), outcome([(0, 3.0), (200, 1.0)], 1.0)],
+        "b": [outcome(dear, 2.0), outcome(dear, 2.0)],
+    }
+    add_relations(replace(COMPARISON, columns=[EQUAL_FLOPS]), runs)
+    assert [run.metrics[EQUAL_FLOPS] for arm in runs.values() for run in arm] == [1.5, 1.0, 2.5, 2.5]
+    assert [run.metrics[START_GAP] for arm in runs.values() for run in arm] == [0.0, 0.0, 0.5, 1.0]
+    with pytest.raises(ValueError, match="no evaluation on both sides of 10 tokens; lower"):
+        loss_at([(50, 3.0), (100, 2.0)], 10)
+
+
+def test_arms_start_from_a_first_run_of_other_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Would catch: arms that run before what they start from is there, or that start from nothing; a first run
+    that is taken for an arm, or that has seen the tokens of the arms."""
+    few = ["train.steps=2", "train.global_batch_tokens=512", "evaluation.every_steps=1", "data.validation_sequences=2"]
+    sources = ["data.sources=[{name: random, kind: embedded, max_megabytes: 1}]", f"data.cache_dir={tmp_path}/cache"]
+    given = ("upcycling", f"--runs={tmp_path}/runs", "--seeds=2", "--jobs=2", *few, *sources)
+    assert main(*given, arms=["dense_continued", "sparse"]) == 0
+    base = tmp_path / "runs/upcycling"
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
+    assert [line.split("/")[-2:] for line in told[:1]] == [["dense", "seed_2"]]
+    assert len(told) == 3
+    arms = json.loads((base / "comparison.json").read_text())["arms"]
+    assert list(arms) == ["dense_continued", "sparse"]
+    end = read_metrics(base / "dense/seed_2/metrics.jsonl")[-1][LOSS]
+    for arm in arms.values():  # a copy of the network in each expert: the same function but for rounding
+        assert arm["curves"][0][0] == [0, pytest.approx(end, rel=1e-6)]
+    assert load_config(base / "dense/seed_2/config.yaml").train.seed == 1002
+    assert load_config(base / "sparse/seed_2/config.yaml").train.seed == 2
+    assert arms["sparse"]["metrics"]["expert_cosine"]["mean"] == pytest.approx(1.0, abs=0.01)
+
+
 def test_marks(tmp_path: Path) -> None:
     """Would catch: text of a person that is overwritten, results that are put in twice."""
     page = tmp_path / "page.md"
@@ -208,7 +256,7 @@ def test_marks(tmp_path: Path) -> None:
         (None, r"not a comparison; choose from it, or write"),
         ("question: [", r"_comparison.yaml: .*; its keys are question, baseline, arms, varies, columns"),
         ("{question: q, baseline: a, arms: [a], colour: []}", r"colour"),
-        ("{question: q, baseline: a, arms: [a, c]}", r"`arms` and the files beside it differ in b, c"),
+        ("{question: q, baseline: a, arms: [a, c]}", r"`arms`, `first` and the files beside it differ in b, c"),
         ("{question: q, baseline: c, arms: [a, b]}", r"baseline=c is no arm; choose from a, b"),
     ],
 )
@@ -231,14 +279,14 @@ def arguments(tmp_path: Path, *more: str) -> list[str]:
     return ["balance_scope", f"--runs={tmp_path}/runs", *few, *sources, *more]
 
 
-def main(*given: str) -> int:
-    """scripts/compare.py in this process, with two arms; its runs are processes all the same."""
+def main(*given: str, arms: Sequence[str] = ("micro_batch", "global")) -> int:
+    """scripts/compare.py in this process, with some arms only; its runs are processes all the same."""
     spec = importlib.util.spec_from_file_location("compare_command", ROOT / "scripts/compare.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.read_comparison = lambda folder: replace(read_comparison(folder), arms=["micro_batch", "global"])
+    module.read_comparison = lambda folder: replace(read_comparison(folder), arms=list(arms))
     return module.main(list(given))
 
 

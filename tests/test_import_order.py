@@ -36,6 +36,8 @@ FLOORS: dict[str, int] = {
     "moe_parallel.moe.chain": 2,
     "moe_parallel.moe.pool": 2,
     "moe_parallel.moe.experts": 2,
+    "moe_parallel.moe.expert_forms": 2,
+    "moe_parallel.moe.adjugate": 2,
     # To the experts and back.
     "moe_parallel.moe.dispatch": 3,
     "moe_parallel.moe.layer": 4,
@@ -44,6 +46,7 @@ FLOORS: dict[str, int] = {
     "moe_parallel.checkpoint": 6,
     "moe_parallel.convert": 6,
     "moe_parallel.optim": 6,
+    "moe_parallel.learning": 6,
     "moe_parallel.statistics": 6,
     "moe_parallel.meter": 6,
     "moe_parallel.run_folder": 6,

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import find_tensor_shard
 
 from moe_parallel.checkpoint.folder import CheckpointError
@@ -136,9 +138,10 @@ class _HashedFiles(FileSystem):
 
 
 class Writer(dcp.FileSystemWriter):
-    """torch's writer of one file for each rank, with checksums.
+    """torch's writer of one file for each rank, with checksums, part by part.
 
-    It reports the operating system's error ("no space left"), which torch's archive writer hides.
+    torch's own loop keeps what it has written until the file is closed: host memory for all that a rank holds. It also
+    hides the operating system's error ("no space left").
     """
 
     def __init__(self, path: Path) -> None:
@@ -148,17 +151,33 @@ class Writer(dcp.FileSystemWriter):
         """Of the files that this rank has written, by name."""
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
-        if not plan.items:  # no empty file of a rank that has nothing to write
-            done: torch.futures.Future = torch.futures.Future()
-            done.set_result([])
-            return done
+        done: torch.futures.Future = torch.futures.Future()
         try:
-            return super().write_data(plan, planner)
+            # No empty file of a rank that has nothing to write.
+            done.set_result(self._write_items(plan, planner) if plan.items else [])
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
             raise (cause or error) from None
+        return done
+
+    def _write_items(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> list[WriteResult]:
+        name = f"{plan.storage_data.prefix}0.distcp"
+        results = []
+        with self.fs.create_stream(Path(self.path) / name, "wb") as stream:
+            for item in plan.items:
+                tensor = planner.resolve_data(item)
+                assert isinstance(tensor, torch.Tensor), item.index
+                tensor = tensor.detach().cpu()
+                if tensor.untyped_storage().size() != tensor.nbytes:  # the archive would have all of its memory
+                    tensor = tensor.clone()
+                results.append(
+                    filesystem._write_item(self.transforms, stream, tensor, item, name, self.serialization_format)
+                )
+            stream.flush()
+            os.fsync(stream.fileno())
+        return results
 
 
 def explain(error: CheckpointException, final: Path, keep_last: int) -> str:

@@ -23,7 +23,7 @@ from moe_parallel.convert.lazy import Lazy
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.transformer import Transformer
 
-_CHUNK_BYTES = 1 << 28
+_CHUNK_BYTES = 1 << 24
 """Read at once, so that a layer of experts never lies in memory a second time."""
 
 

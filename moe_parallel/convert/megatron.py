@@ -42,12 +42,22 @@ class Layers(str, Enum):
 
 
 def megatron_names(architecture: Architecture) -> Iterator[str]:
-    """Names of a whole model's weights in Megatron, layer by layer."""
+    """Names of a whole model's weights in Megatron, layer by layer.
+
+    Raises ValueError for experts that compute with other matrices than are stored.
+    """
     model, moe, attention = architecture.model, architecture.moe, architecture.attention
+    if architecture.num_moe_layers and moe.form.makes_weights:
+        raise ValueError(
+            f"moe.expert_form={moe.expert_form.value}: Megatron-Core's experts compute with the matrices that are "
+            "stored, and so have a place for moe.expert_form=full only"
+        )
     assert isinstance(attention, GroupedQueryConfig)
     yield "embedding.word_embeddings.weight"
     for layer in range(model.num_layers):
         names = ["input_layernorm.weight", "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"]
+        if attention.qkv_bias:
+            names.append("self_attention.linear_qkv.bias")
         if attention.qk_norm.value == "head":
             names += ["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"]
         names.append("pre_mlp_layernorm.weight")
@@ -125,7 +135,8 @@ def _shape(segments: Sequence[Segment]) -> tuple[int, ...]:
     first = segments[0]
     if len(segments) == 1 and first.count == math.prod(first.shape):
         return first.shape
-    return sum(segment.count for segment in segments) // first.shape[-1], first.shape[-1]
+    row = first.shape[1:]
+    return (sum(segment.count for segment in segments) // math.prod(row), *row)
 
 
 class _Unread:

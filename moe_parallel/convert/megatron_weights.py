@@ -81,7 +81,9 @@ class MegatronWeights:
             which = "query_norm" if ".q_" in name else "key_norm"
             yield _whole(f"{ours}attention.{which}.weight", (head,))
         elif name == "self_attention.linear_qkv.weight":
-            yield from self._attention_inputs(ours, attention, head)
+            yield from self._attention_inputs(ours, attention, head, ".weight", (dim,))
+        elif name == "self_attention.linear_qkv.bias" and attention.qkv_bias:
+            yield from self._attention_inputs(ours, attention, head, "_bias", ())
         elif name == "self_attention.linear_proj.weight":
             yield self._columns(f"{ours}attention.output.weight", (dim, attention.num_heads * head))
         elif name.startswith("mlp.") and layer < model.first_dense_layers:
@@ -91,16 +93,22 @@ class MegatronWeights:
         else:
             raise ValueError(f"layer {layer} has no weight {name} in a model that this toolkit knows")
 
-    def _attention_inputs(self, ours: str, attention: GroupedQueryConfig, head: int) -> Iterator[Segment]:
-        """For each head of keys: the heads of queries that share it, then the key, then the value."""
-        dim, groups = self.architecture.model.dim, attention.key_heads
+    def _attention_inputs(
+        self, ours: str, attention: GroupedQueryConfig, head: int, kind: str, row: tuple[int, ...]
+    ) -> Iterator[Segment]:
+        """For each head of keys: the heads of queries that share it, then the key, then the value.
+
+        Args:
+            kind, row: end of the names, and shape of a row.
+        """
+        groups = attention.key_heads
         shared = attention.num_heads // groups
-        query, key = (attention.num_heads * head, dim), (groups * head, dim)
+        query, key = (attention.num_heads * head, *row), (groups * head, *row)
         first = self.cut.tp_rank * groups // self.cut.tp
         for group in range(first, first + groups // self.cut.tp):
-            yield _range(f"{ours}attention.query.weight", query, group * shared * head, shared * head)
-            yield _range(f"{ours}attention.key.weight", key, group * head, head)
-            yield _range(f"{ours}attention.value.weight", key, group * head, head)
+            yield _range(f"{ours}attention.query{kind}", query, group * shared * head, shared * head)
+            yield _range(f"{ours}attention.key{kind}", key, group * head, head)
+            yield _range(f"{ours}attention.value{kind}", key, group * head, head)
 
     def _dense_network(self, ours: str, name: str) -> Iterator[Segment]:
         model = self.architecture.model
@@ -149,9 +157,10 @@ class MegatronWeights:
 
 def experts_of_rank(name: str, shape: Sequence[int], weights: MegatronWeights) -> Segment:
     """A weight of our own layer inside of a Megatron model: whole, but for experts, of which a rank has some."""
-    if not re.search(r"\.experts\.(gate_up|down)$", name):
+    if not re.search(r"\.experts\.(adjugates\.)?(gate_up|down)$", name):
         return _whole(name, tuple(shape))
-    num, cut = weights.architecture.moe.num_experts, weights.cut
+    moe, cut = weights.architecture.moe, weights.cut
+    num = moe.adjugate_groups if ".adjugates." in name else moe.num_experts
     return _range(name, (num, *shape[1:]), cut.ep_rank * num // cut.ep, num // cut.ep)
 
 

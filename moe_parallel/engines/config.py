@@ -40,6 +40,29 @@ class EngineConfig:
         return []
 
 
+def learning_options_problems(optim: OptimConfig, engine: str) -> list[str]:
+    """For engines that have buffers of their own for gradients, in which every weight learns at every step."""
+    return [
+        f"optim.{name}={value} is of engine=native; leave it out with engine={engine}"
+        for name, value, default in (
+            ("frozen", optim.frozen, []),
+            ("router_only_steps", optim.router_only_steps, 0),
+        )
+        if value != default
+    ]
+
+
+def expert_form_problems(architecture: Architecture, engine: str) -> list[str]:
+    """For engines that know experts by their two matrices."""
+    rank = architecture.moe.delta_rank
+    if rank is None or architecture.num_moe_layers == 0:
+        return []
+    return [
+        f"moe.expert_form=delta with moe.delta_rank={rank}: engine={engine} knows experts by their own matrices, not "
+        "by factors and a base; set moe.expert_form=full, or engine=native"
+    ]
+
+
 @dataclass(kw_only=True)
 class NativeEngineConfig(EngineConfig):
     """torch's own FSDP2, all-to-all and pipelines. Its options are those of `parallel`."""

@@ -30,7 +30,7 @@ from moe_parallel.engines.engine import Engine, NonfiniteWatch, StepPass, moe_la
 from moe_parallel.engines.parallelize import make_dispatcher, set_recompute
 from moe_parallel.engines.zero_partitions import GroupPartitions, ParameterPartitions, Partitions, ZeroState
 from moe_parallel.mesh import ParallelMesh
-from moe_parallel.model.initialize import InitConfig, init_part
+from moe_parallel.model.initialize import InitConfig, init_buffer, init_part
 from moe_parallel.model.transformer import Output, Transformer
 from moe_parallel.optim import adamw, parameter_groups
 from moe_parallel.statistics import StepSums
@@ -117,8 +117,8 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def init_weights(self, init: InitConfig, seed: int) -> None:
         num_layers = self.architecture.model.num_layers
-        for buffer in self.model.buffers():
-            buffer.zero_()
+        for name, buffer in self.model.named_buffers():
+            init_buffer(buffer, name, seed)
         with self.partitions.published():
             for ranges, flat, _ in self.partitions.visit(write=True):
                 flat.zero_()

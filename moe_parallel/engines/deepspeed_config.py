@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from pydantic.dataclasses import dataclass
 
-from moe_parallel.engines.config import EngineConfig, EngineSetting
+from moe_parallel.engines.config import EngineConfig, EngineSetting, expert_form_problems, learning_options_problems
 from moe_parallel.engines.stages import schedule_problems
 from moe_parallel.mesh import Compile
 
@@ -96,13 +96,19 @@ class DeepSpeedConfig(EngineConfig):
 
     def problems(self, setting: EngineSetting) -> list[str]:
         layout, parallel = setting.layout, setting.parallel
-        problems = schedule_problems(parallel, "deepspeed")
+        problems = schedule_problems(parallel, "deepspeed") + learning_options_problems(setting.optim, "deepspeed")
+        problems += expert_form_problems(setting.architecture, "deepspeed")
         for name, degree in (("pp", layout.pp), ("tp", layout.tp), ("cp", layout.cp)):
             if degree > 1:
                 problems.append(
                     f"parallel.{name}={degree}: engine=deepspeed has data and expert parallelism only; set "
                     f"parallel.{name}=1, or engine=native"
                 )
+        if setting.architecture.num_moe_layers and setting.architecture.moe.adjugate_groups > 0:
+            problems.append(
+                f"moe.adjugate_groups={setting.architecture.moe.adjugate_groups}: DeepSpeed's checkpoints know one bank "
+                "of experts for each layer; set moe.adjugate_groups=0, or engine=native"
+            )
         if parallel.shard is not None:
             problems.append(
                 f"parallel.shard={parallel.shard} is of engine=native: ZeRO splits over all ranks that have the same "

@@ -47,7 +47,7 @@ from moe_parallel.engines.parallelize import make_dispatcher
 from moe_parallel.engines.stages import stages_per_rank
 from moe_parallel.mesh import ParallelMesh, Recompute
 from moe_parallel.model.attention import plan_attention
-from moe_parallel.model.initialize import InitConfig
+from moe_parallel.model.initialize import InitConfig, init_buffer
 from moe_parallel.moe.routing import ForwardContext, LayerStats
 from moe_parallel.optim import OptimConfig
 from moe_parallel.sequence_exchange import SequenceExchange
@@ -140,6 +140,7 @@ class MegatronEngine(Engine):
         self.layers = moe_layers(self.model)
         for layer in self.layers:
             layer.experts.recompute = setting.parallel.recompute is Recompute.selective
+            layer.experts.keeps_made = setting.parallel.recompute is Recompute.full
         # Else it takes the FusedAdam of TransformerEngine or apex where it finds one, whose state has another form.
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
         self._optimizer = get_megatron_optimizer(
@@ -153,8 +154,8 @@ class MegatronEngine(Engine):
 
     def init_weights(self, init: InitConfig, seed: int) -> None:
         draw_weights(self._places, self._held, init, self.architecture.model.num_layers, seed)
-        for buffer in self._buffers.values():
-            buffer.zero_()
+        for name, buffer in self._buffers.items():
+            init_buffer(buffer, name, seed)
         self._publish()
 
     def forward_backward(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pydantic.dataclasses import dataclass
 
 from moe_parallel.convert.megatron_weights import attention_problems
-from moe_parallel.engines.config import EngineConfig, EngineSetting
+from moe_parallel.engines.config import EngineConfig, EngineSetting, expert_form_problems, learning_options_problems
 from moe_parallel.engines.stages import pipeline_problems, stages_per_rank
 from moe_parallel.mesh import Compile, PipelineSchedule
 from moe_parallel.moe.chain import ChainBlock, Renormalize
@@ -24,7 +24,9 @@ class MegatronConfig(EngineConfig):
     """Split float32 weights, moments and the work of a step over the ranks that have the same weights."""
 
     def problems(self, setting: EngineSetting) -> list[str]:
-        return [*_package(), *_stages(setting), *_parallel(setting), *_architecture(setting)]
+        refused = learning_options_problems(setting.optim, "megatron")
+        refused += expert_form_problems(setting.architecture, "megatron")
+        return [*_package(), *_stages(setting), *_parallel(setting), *_architecture(setting), *refused]
 
 
 def _package() -> Iterator[str]:

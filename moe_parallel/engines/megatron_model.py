@@ -130,10 +130,11 @@ class ExpertLayer(MegatronModule):
             )
             if dispatcher is not None:
                 layer.dispatcher = dispatcher
-                for name in ("gate_up", "down"):
-                    whole = getattr(layer.experts, name)
-                    part = whole.data[: whole.shape[0] // config.expert_model_parallel_size]
-                    setattr(layer.experts, name, nn.Parameter(part))
+                for bank in filter(None, (layer.experts, layer.experts.adjugates)):
+                    for name in ("gate_up", "down"):
+                        whole = getattr(bank, name)
+                        part = whole.data[: whole.shape[0] // config.expert_model_parallel_size]
+                        setattr(bank, name, nn.Parameter(part))
         self.layer = layer.to_empty(device=device)
         self._mark()
 
@@ -231,6 +232,7 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=attention.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,

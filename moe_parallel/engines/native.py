@@ -17,6 +17,7 @@ from moe_parallel.checkpoint.state import TorchState
 from moe_parallel.engines.engine import Engine, NonfiniteWatch, StepPass, moe_layers, ranks_by_tokens, ranks_of
 from moe_parallel.engines.parallelize import parallelize
 from moe_parallel.engines.pipeline import Pipeline
+from moe_parallel.learning import freeze, keep_router_gradients
 from moe_parallel.mesh import ParallelConfig, ParallelMesh
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.initialize import InitConfig, init_weights
@@ -63,6 +64,7 @@ class NativeEngine(Engine):
             model = Transformer(architecture, None if self.pipeline is None else self.pipeline.part)
             if master_dtype != torch.float32:
                 model = model.to(master_dtype)
+        freeze(model, optim)
         stages = [] if self.pipeline is None else self.pipeline.cut(model)
         self.model = parallelize(model, mesh, parallel, dispatch or AllToAllConfig(), dtype, stages)
         self.layers = moe_layers(self.model)
@@ -87,10 +89,12 @@ class NativeEngine(Engine):
         step_pass = StepPass(self, batches, step, num_targets, num_valid, total_LIE)
         if self.pipeline is not None:
             self.pipeline.train([self._mine(batch) for batch in batches], step_pass)
-            return step_pass.sums, step_pass.finish()
-        for index, batch in enumerate(batches):
-            self._sync_gradients(index == len(batches) - 1)
-            step_pass.count(*self.model(self._mine(batch), step_pass.context(index), Output.loss)).backward()
+        else:
+            for index, batch in enumerate(batches):
+                self._sync_gradients(index == len(batches) - 1)
+                step_pass.count(*self.model(self._mine(batch), step_pass.context(index), Output.loss)).backward()
+        if step < self.optim.router_only_steps:
+            keep_router_gradients(self.model)
         return step_pass.sums, step_pass.finish()
 
     def _mine(self, batch: TokenBatch) -> TokenBatch:

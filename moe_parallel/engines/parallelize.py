@@ -25,7 +25,6 @@ from moe_parallel.moe.dispatch.config import DispatchConfig
 from moe_parallel.moe.dispatch.deepep import DeepEPConfig, DeepEPDispatcher
 from moe_parallel.moe.dispatch.least_loaded import LeastLoadedConfig, LeastLoadedDispatcher
 from moe_parallel.moe.dispatch.two_hop import TwoHopConfig, TwoHopDispatcher, node_size
-from moe_parallel.moe.experts import local_tensor
 from moe_parallel.moe.layer import Dispatcher, MoELayer
 from moe_parallel.sequence_exchange import SequenceExchange
 
@@ -76,7 +75,7 @@ def parallelize(
 
 def _local_experts(model: nn.Module) -> int:
     layers = moe_layers(model)
-    return local_tensor(layers[0].experts.gate_up).shape[0] if layers else 0
+    return layers[0].experts.local_shape[0] if layers else 0
 
 
 def sequence_problems(architecture: Architecture, layout: Layout, sequence_tokens: int | None = None) -> list[str]:
@@ -129,10 +128,10 @@ def split_experts(model: Transformer, mesh: ParallelMesh, dispatch: DispatchConf
     fused = model.architecture.moe.expert_kernel is ExpertKernel.triton
     dispatcher = make_dispatcher(dispatch, mesh, fused)
     for layer in moe_layers(model):
-        for name in ("gate_up", "down"):
-            whole = getattr(layer.experts, name)
-            part = distribute_tensor(whole.data, mesh.ep, [Shard(0)], src_data_rank=None)
-            setattr(layer.experts, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+        for bank in filter(None, (layer.experts, layer.experts.adjugates)):
+            for name, whole in list(bank.named_parameters(recurse=False)):
+                part = distribute_tensor(whole.data, mesh.ep, [Shard(0)], src_data_rank=None)
+                setattr(bank, name, nn.Parameter(part, requires_grad=whole.requires_grad))
         layer.dispatcher = dispatcher
 
 
@@ -154,6 +153,7 @@ def set_recompute(model: Transformer, how: Recompute) -> None:
         block.recompute = how is Recompute.full
     for layer in moe_layers(model):
         layer.experts.recompute = how is Recompute.selective
+        layer.experts.keeps_made = how is Recompute.full
 
 
 def shard_weights(

@@ -93,6 +93,7 @@ class Architecture:
             self.router.check_balance(self.balance)
             self.balance.check_experts(self.moe.num_experts)
             self.moe.check_router(self.router)
+            self.moe.check_dim(self.model.dim)
 
     @property
     def num_blocks(self) -> int:

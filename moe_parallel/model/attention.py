@@ -6,13 +6,14 @@ import dataclasses
 from dataclasses import field
 from enum import Enum
 
+import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from moe_data.batch import TokenBatch
 from moe_parallel.model.core import AttentionCore, attend, document_mask
-from moe_parallel.model.dense import Split, SplitLinear, normalize_split
+from moe_parallel.model.dense import Split, SplitLinear, add_split, normalize_split
 from moe_parallel.model.rope import RopeConfig, Rotary, rotate_halves
 from moe_parallel.sequence_exchange import SequenceExchange
 
@@ -81,6 +82,8 @@ class GroupedQueryConfig(AttentionConfig):
     """Width of a head; null means model.dim / num_heads."""
     qk_norm: QKNorm = QKNorm.none
     """Normalize queries and keys before the rotation."""
+    qkv_bias: bool = False
+    """Add a learned bias to queries, keys and values (Qwen2)."""
 
     def __post_init__(self) -> None:
         AttentionConfig.__post_init__(self)
@@ -128,6 +131,13 @@ class GroupedQueryAttention(nn.Module):
             per_head = config.qk_norm is QKNorm.head
             self.query_norm = nn.RMSNorm(self.head_dim if per_head else query_dim, eps=norm_epsilon)
             self.key_norm = nn.RMSNorm(self.head_dim if per_head else key_dim, eps=norm_epsilon)
+        # Not of the linear layers: tensor parallelism cuts their weights, while each rank has these whole, like norms'.
+        self.query_bias: nn.Parameter | None = None
+        self.key_bias: nn.Parameter | None = None
+        self.value_bias: nn.Parameter | None = None
+        if config.qkv_bias:
+            self.query_bias = nn.Parameter(torch.empty(query_dim))
+            self.key_bias, self.value_bias = nn.Parameter(torch.empty(key_dim)), nn.Parameter(torch.empty(key_dim))
         self.rotary = Rotary(config.rope, self.head_dim)
 
     def plan(self, batch: TokenBatch) -> AttentionPlan:
@@ -145,11 +155,13 @@ class GroupedQueryAttention(nn.Module):
 
     def project(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B, H, S, d) each, rotated."""
-        q_BHSd = rotate_halves(self._heads(self.query(x_BSD), self.query_norm), rotation)
-        k_BHSd = rotate_halves(self._heads(self.key(x_BSD), self.key_norm), rotation)
-        return q_BHSd, k_BHSd, self._heads(self.value(x_BSD), None)
+        q_BHSd = rotate_halves(self._heads(self.query(x_BSD), self.query_bias, self.query_norm), rotation)
+        k_BHSd = rotate_halves(self._heads(self.key(x_BSD), self.key_bias, self.key_norm), rotation)
+        return q_BHSd, k_BHSd, self._heads(self.value(x_BSD), self.value_bias, None)
 
-    def _heads(self, x_BSD: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    def _heads(self, x_BSD: Tensor, bias: Tensor | None, norm: nn.RMSNorm | None) -> Tensor:
+        if bias is not None:
+            x_BSD = x_BSD + bias if self.exchange is None else add_split(x_BSD, bias, self.exchange)
         if norm is not None and self.config.qk_norm is QKNorm.full:
             x_BSD = norm(x_BSD) if self.exchange is None else normalize_split(x_BSD, norm, self.exchange)
         x_BSHd = x_BSD.unflatten(-1, (-1, self.head_dim))

@@ -9,6 +9,7 @@ Recomputation is not counted, nor is the second computation of the head's logits
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moe_parallel.mesh import Recompute
@@ -30,19 +31,23 @@ class ParameterCounts:
     matrices: int
     """All other weights that every token is multiplied with: attention, dense layers, shared experts, routers."""
     norms: int
-    """Weights of norms, and scales."""
+    """Weights of norms, scales and biases."""
     routed: int
-    """All routed experts of all layers."""
+    """All routed experts of all layers, and their adjugates."""
     routed_active: int
     """The experts of each layer that one token takes, on average where that varies; different ones in each iteration
-    of a chain, as far as there are so many."""
+    of a chain, as far as there are so many, and in different groups where they have adjugates."""
+    routed_products: int
+    """Weights of their matrices, which a token is multiplied with: other numbers where a form makes them of fewer."""
+    expert_base: int = 0
+    """What the experts of each layer are differences from."""
     repeated: int = 0
     """Weights that later iterations of a chain multiply a token with again."""
 
     @property
     def total(self) -> int:
         """Every parameter of the model."""
-        return self.embedding + self.head + self.matrices + self.norms + self.routed
+        return self.embedding + self.head + self.matrices + self.norms + self.routed + self.expert_base
 
     @property
     def active(self) -> int:
@@ -67,9 +72,14 @@ def count_parameters(architecture: Architecture) -> ParameterCounts:
     taken = router.top_k * chain.iterations
     distinct = min(taken, moe.num_experts)
     repeated = later * shared * chain.shared_every_iteration + (taken - distinct) * expert
+    adjugate = 3 * model.dim * moe.adjugate_dim if moe.adjugate_groups else 0
+    groups_taken = min(router.top_k, moe.adjugate_groups) * chain.iterations  # at most: each once in a pass
+    distinct_groups = min(groups_taken, moe.adjugate_groups)
+    repeated += (groups_taken - distinct_groups) * adjugate
     if not chain.own_routers:
-        repeated += later * router.num_weights(model.dim, moe.num_experts)
+        repeated += later * router.num_products(model.dim, moe.num_experts)
         repeated += later * router.carry_weights(moe.num_experts)
+    held = sum(math.prod(shape) for shape in moe.form.shapes(1, model.dim, moe.expert_dim).values())
     table = architecture.vocab_size * model.dim
     return ParameterCounts(
         embedding=table,
@@ -82,10 +92,19 @@ def count_parameters(architecture: Architecture) -> ParameterCounts:
         norms=architecture.num_blocks * (2 * model.dim + attention_norms)
         + (1 + 3 * mtp) * model.dim
         + moe_layers * moe_vectors,
-        routed=moe_layers * moe.num_experts * expert,
-        routed_active=moe_layers * distinct * expert,
+        routed=moe_layers * (moe.num_experts * held + moe.adjugate_groups * adjugate),
+        routed_active=moe_layers * (distinct * held + distinct_groups * adjugate),
+        routed_products=moe_layers * (distinct * expert + distinct_groups * adjugate),
+        expert_base=moe_layers * expert * moe.form.uses_base,
         repeated=moe_layers * repeated,
     )
+
+
+def made_weights(architecture: Architecture) -> int:
+    """Elements of the experts' matrices of all layers that their form makes of the parameters; 0 if they are those."""
+    moe = architecture.moe
+    expert = 3 * architecture.model.dim * moe.expert_dim
+    return architecture.num_moe_layers * moe.num_experts * expert * moe.form.makes_weights
 
 
 def _carry_weights(architecture: Architecture) -> int:
@@ -96,8 +115,15 @@ def _carry_weights(architecture: Architecture) -> int:
     return max(0, routers - first) * architecture.router.carry_weights(architecture.moe.num_experts)
 
 
+def _not_multiplied(architecture: Architecture) -> int:
+    """Weights of routers that tokens are not multiplied with, such as offsets, less what is made of them instead."""
+    moe, router, dim = architecture.moe, architecture.router, architecture.model.dim
+    routers = architecture.num_moe_layers * (moe.chain.iterations if moe.chain.own_routers else 1)
+    return routers * (router.num_weights(dim, moe.num_experts) - router.num_products(dim, moe.num_experts))
+
+
 def _attention_parameters(architecture: Architecture) -> tuple[int, int]:
-    """Weights in matrices and in norms of one layer's attention."""
+    """Weights in matrices, and in norms and biases, of one layer's attention."""
     dim, attention = architecture.model.dim, architecture.attention
     heads = attention.num_heads
     if isinstance(attention, LatentConfig):
@@ -112,7 +138,7 @@ def _attention_parameters(architecture: Architecture) -> tuple[int, int]:
     head_dim = attention.head_width(dim)
     query, key = heads * head_dim, attention.key_heads * head_dim
     norms = {QKNorm.none: 0, QKNorm.head: 2 * head_dim, QKNorm.full: query + key}[attention.qk_norm]
-    return 2 * dim * (query + key), norms
+    return 2 * dim * (query + key), norms + attention.qkv_bias * (query + 2 * key)
 
 
 def _head_widths(architecture: Architecture) -> tuple[int, int]:
@@ -129,13 +155,15 @@ def forward_flops_per_token(architecture: Architecture, sequence_tokens: int) ->
     """FLOPs of a forward pass divided by its tokens.
 
     Two for every active weight that a token is multiplied with: not for norms, nor for the embedding, which is a
-    lookup. A token attends to (S + 1) / 2 tokens on average; each costs one product of the query with a key and one
-    of a weight with a value in every head. Documents within a sequence make that less, which is not counted.
+    lookup, nor for what makes experts' matrices of their parameters, once for any number of tokens. A token attends to
+    (S + 1) / 2 tokens on average; each costs one product of the query with a key and one of a weight with a value in
+    every head. Documents within a sequence make that less, which is not counted.
     """
     counts = count_parameters(architecture)
     head = counts.head or counts.embedding  # a tied head is multiplied all the same
     heads_run = 1 + architecture.model.mtp_layers
-    weights = heads_run * head + counts.matrices + counts.routed_active + counts.repeated
+    weights = heads_run * head + counts.matrices + counts.routed_products + counts.repeated
+    weights -= _not_multiplied(architecture)
     query_dim, value_dim = _head_widths(architecture)
     context = (sequence_tokens + 1) / 2
     heads = architecture.attention.num_heads
@@ -239,7 +267,7 @@ def memory_per_rank(
         optimizer=held * size.optimizer,
         gathered=gathered,
         activations=activations,
-        temporary=_temporary_bytes(architecture, tokens, size.compute, head, imbalance, reduced),
+        temporary=_temporary_bytes(architecture, tokens, size.compute, ep, head, imbalance, reduced),
     )
 
 
@@ -250,7 +278,7 @@ def padded_experts(architecture: Architecture, ep: int, expert_shard: int) -> fl
 
 
 def _temporary_bytes(
-    architecture: Architecture, tokens: int, compute: int, has_head: bool, imbalance: float, reduced: int
+    architecture: Architecture, tokens: int, compute: int, ep: int, has_head: bool, imbalance: float, reduced: int
 ) -> int:
     model, moe, vocabulary = architecture.model, architecture.moe, architecture.vocab_size
     words = slice_words(tokens, vocabulary)
@@ -259,7 +287,9 @@ def _temporary_bytes(
     hidden = 3 * model.ffn_dim * min(1, model.first_dense_layers)  # gradients of the pre-activation and after it
     if architecture.num_moe_layers:
         hidden = max(hidden, int(imbalance * architecture.router.top_k * (3 * moe.expert_dim + model.dim)))
-    return max(head * has_head, tokens * hidden * compute + reduced)
+    # One layer's matrices, where a form makes them, and their gradients, where those of parameters are others.
+    made = made_weights(architecture) // max(1, architecture.num_moe_layers) // ep * (1 + moe.form.uses_base)
+    return max(head * has_head, (tokens * hidden + made) * compute + reduced)
 
 
 def _activation_bytes(
@@ -325,7 +355,7 @@ def _layer_activations(
     if ep > 1:
         elements += (arrived + taken) * model.dim  # rows that came and rows that came back
     if recompute is not Recompute.selective:
-        elements += arrived * 2 * moe.expert_dim
+        elements += arrived * 2 * (moe.expert_dim + (moe.adjugate_dim if moe.adjugate_groups else 0))
     elements += (iterations - 1) * model.dim  # what later iterations see
     float32 += iterations * (3 * moe.num_experts + (0 if compute == 4 else model.dim))  # scores; float32 input
     return compute * elements + 4 * float32

@@ -55,6 +55,13 @@ class DenseNetwork(nn.Module):
         return self.down(F.silu(self.gate(x_BSD)) * self.up(x_BSD))
 
 
+def add_split(x: Tensor, bias: Tensor, exchange: SequenceExchange) -> Tensor:
+    """`x + bias`, where each tensor-parallel rank has an equal part of `x`, in the order of the ranks, and all of the
+    bias. Its gradient is this rank's part of the whole, zeros elsewhere: the sum over the ranks is all of it."""
+    width = x.shape[-1]
+    return x + bias[exchange.tp_rank * width :][:width]
+
+
 def normalize_split(x: Tensor, norm: nn.RMSNorm, exchange: SequenceExchange) -> Tensor:
     """`norm` of a vector of which each tensor-parallel rank has an equal part, in the order of the ranks."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -19,8 +19,12 @@ from moe_kernels.hashing import hash_key, hashed_uniform
 from moe_parallel.model.transformer import Transformer
 
 _WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module)\.")
-_RESIDUAL_OUTPUT = re.compile(r"(attention\.output|ffn(\.shared)?\.down)\.weight$|experts\.down$")
+_RESIDUAL_OUTPUT = re.compile(r"(attention\.output|ffn(\.shared|\.base)?\.down)\.weight$|experts\.down$")
 _NORM = re.compile(r"(norm|later_norms\.\d+)\.weight$")
+_BIAS = re.compile(r"attention\.(query|key|value)_bias$")
+_DOMAINS = re.compile(r"\.domains$")
+_ZERO = ("later_scale", "adjugates.down", "experts.gate_up_out", "experts.down_out")
+"""Experts that are differences from a base start as that."""
 _OF_ROUTER = re.compile(r"ffn\.(router|later_routers\.\d+)\.\w+$")
 _CPU_CHUNK = 1 << 16  # elements at once: fits the cache
 _DEVICE_CHUNK = 1 << 24
@@ -61,10 +65,19 @@ def init_weights(model: Transformer, config: InitConfig, seed: int) -> None:
         if parameter.is_meta:
             raise ValueError(f"{name} has no memory yet; call model.to_empty(device=...) before init_weights")
         _fill(_local(parameter), name, parameter.shape, _held_indices(parameter), config, num_layers, seed)
-    for name, buffer in model.named_buffers():
+    for wrapped_name, buffer in model.named_buffers():
+        name = _WRAPPERS.sub("", wrapped_name)
         if _OF_ROUTER.search(name) is None:
             raise ValueError(f"no rule says how to initialize buffer {name}")
-        _local(buffer).zero_()
+        init_buffer(_local(buffer), name, seed)
+
+
+@torch.no_grad()
+def init_buffer(buffer: Tensor, name: str, seed: int) -> None:
+    """Set a buffer of a router: to zero, or to standard normal numbers if it embeds the domains of its experts."""
+    buffer.zero_()
+    if _DOMAINS.search(name) is not None:
+        fill_normal(buffer, 1.0, hash_key(seed, name))
 
 
 @torch.no_grad()
@@ -90,6 +103,8 @@ def init_part(
 @torch.no_grad()
 def normal_part(part: Tensor, shape: Sequence[int], offsets: Sequence[int], std: float, key: int) -> None:
     """Set a box of a tensor to N(0, std^2); element i of the whole is a hash of (key, i)."""
+    if part.ndim == 1:  # a matrix of one row
+        part, shape, offsets = part.unsqueeze(0), (1, *shape), (0, *offsets)
     _fill_normal(part, shape, _box_indices(part, offsets), std, key)
 
 
@@ -109,8 +124,10 @@ def _fill(
     """First values of what is held of a weight, by its name: `held[dim]` are the indices of the whole along `dim`."""
     if _NORM.search(name) is not None:
         local.fill_(1.0)
-    elif name.endswith("later_scale") or (len(shape) < 2 and _OF_ROUTER.search(name) is not None):
+    elif name.endswith(_ZERO) or _BIAS.search(name) or (len(shape) < 2 and _OF_ROUTER.search(name)):
         local.zero_()
+    elif _DOMAINS.search(name) is not None:
+        _fill_normal(local, shape, held, 1.0, hash_key(seed, name))
     elif len(shape) >= 2:
         scaled = config.scale_output_by_depth and _RESIDUAL_OUTPUT.search(name) is not None
         std = config.std / math.sqrt(2 * num_layers) if scaled else config.std

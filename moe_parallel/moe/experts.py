@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from moe_kernels.choice import Choice, Entry, ExpertKernel, Problem, choose
 from moe_kernels.moe_mlp import moe_mlp
+from moe_parallel.moe.adjugate import AdjugatePart, Adjugates
+from moe_parallel.moe.expert_forms import Base, Form, FullForm, Weights, made_again
 from moe_parallel.moe.routing import Routing
 
 
@@ -67,6 +70,10 @@ def local_tensor(parameter: Tensor) -> Tensor:
 class RoutedExperts(nn.Module):
     """A bank of SwiGLU experts in stacked tensors."""
 
+    gate_up: nn.Parameter
+    down: nn.Parameter
+    """These two in the full and ternary forms; a form names its parameters."""
+
     def __init__(
         self,
         num_experts: int,
@@ -74,19 +81,31 @@ class RoutedExperts(nn.Module):
         expert_dim: int,
         kernel: ExpertKernel = ExpertKernel.auto,
         table: tuple[Entry, ...] | None = None,
+        adjugates: Adjugates | None = None,
+        form: Form | None = None,
     ) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * expert_dim, dim))
-        self.down = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
+        self.num_experts, self.dim, self.expert_dim = num_experts, dim, expert_dim
+        self.form = FullForm() if form is None else form
+        shapes = self.form.shapes(num_experts, dim, expert_dim)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.names = tuple(shapes)
+        """Of the stacked parameters."""
+        self.adjugates = adjugates
         self.kernel = kernel
         self.table = table
         self.recompute = False
         """Compute the hidden activations again in the backward pass. Set by the engine."""
+        self.keeps_made = False
+        """Keep what a form makes of the parameters until the backward pass. For layers that are computed again as a
+        whole: there this pass is part of the backward pass. Set by the engine."""
         self.output = nn.Identity()
         """What each part's rows pass through, before they travel: hooks see them there."""
 
-    def forward(self, rows: Sequence[Tensor], ticket: Ticket, added: Sequence[Tensor] = ()) -> list[Tensor]:
+    def forward(
+        self, rows: Sequence[Tensor], ticket: Ticket, added: Sequence[Tensor] = (), base: Base | None = None
+    ) -> list[Tensor]:
         """For each row the weighted sum of what its experts return, (R, D) -> (R, D), part by part.
 
         Results of one part travel back while the next is computed. All parts in one call: weights are gathered once.
@@ -94,23 +113,40 @@ class RoutedExperts(nn.Module):
         Args:
             rows, ticket: of one dispatch.
             added: tensors (R, D) that are added to the result of the only part in the same pass.
+            base: what the layer's experts share, for a form that uses one.
         Returns:
             what the ticket's `combine` takes.
         """
-        gate_up, down = local_tensor(self.gate_up), local_tensor(self.down)
+        stacked = [local_tensor(getattr(self, name)) for name in self.names]
         if ticket.transfer is not None:
-            gate_up, down = ticket.transfer(gate_up), ticket.transfer(down)
+            stacked = [ticket.transfer(weight) for weight in stacked]
         count = len(ticket.parts)
         # One split: its gradient is one concatenation, where slices would each make a whole tensor of zeros.
-        weights = [(gate_up, down)]
+        of_parts: list[Sequence[Tensor]] = [stacked]
         if count > 1:
-            weights = list(zip(gate_up.split(len(gate_up) // count), down.split(len(down) // count)))
+            of_parts = list(zip(*(weight.split(len(weight) // count) for weight in stacked), strict=True))
+        adjugates: Sequence[AdjugatePart | None] = [None] * count
+        if self.adjugates is not None:
+            held = local_tensor(self.adjugates.gate_up), local_tensor(self.adjugates.down)
+            adjugates = self.adjugates.parts(*held, count, ticket.transfer)
         results = []
-        for token, part, (gate_up, down) in zip(rows, ticket.parts, weights, strict=True):
+        for token, part, mine, adjugate in zip(rows, ticket.parts, of_parts, adjugates, strict=True):
+            weights = dict(zip(self.names, mine, strict=True))
+            gate_up, down = self.form.gate_up(weights, base), self.form.down(weights, base)  # while rows travel
             rows_RD, routing = part.receive(token)
-            rows_RD = self.output(self._compute(rows_RD, routing, gate_up, down, part.host_counts, added))
-            results.append(part.send(rows_RD))
+            with self._keeping(gate_up, down, weights, base):
+                out_RD = self._compute(rows_RD, routing, gate_up, down, part.host_counts, added)
+            if adjugate is not None:
+                out_RD = self._compute(rows_RD, *adjugate.of_groups(routing, part.host_counts), [out_RD])
+            results.append(part.send(self.output(out_RD)))
         return results
+
+    def _keeping(self, gate_up: Tensor, down: Tensor, weights: Weights, base: Base | None) -> AbstractContextManager:
+        """What autograd keeps of the experts' matrices: themselves, or what they are made of."""
+        if self.keeps_made or not self.form.makes_weights:
+            return nullcontext()
+        form = self.form
+        return made_again((gate_up, down), (lambda: form.gate_up(weights, base), lambda: form.down(weights, base)))
 
     def _compute(
         self,
@@ -138,8 +174,9 @@ class RoutedExperts(nn.Module):
 
     @property
     def local_shape(self) -> torch.Size:
-        """(experts, twice their width, D) of `gate_up` on this rank."""
-        return local_tensor(self.gate_up).shape
+        """(experts, twice their width, D) of the gate and up matrices on this rank."""
+        num_local = local_tensor(getattr(self, self.names[0])).shape[0]
+        return torch.Size((num_local, 2 * self.expert_dim, self.dim))
 
     def choice(self, device: torch.device, dtype: torch.dtype, num_rows: int) -> Choice:
         """What will compute that many rows on this rank."""
@@ -147,7 +184,8 @@ class RoutedExperts(nn.Module):
         return choose(self.kernel, Problem(device, dtype, dim, double // 2, num_experts, num_rows), self.table)
 
     def extra_repr(self) -> str:
-        return f"experts={self.num_experts}, gate_up={tuple(self.gate_up.shape)}, down={tuple(self.down.shape)}"
+        shapes = (f"{name}={tuple(getattr(self, name).shape)}" for name in self.names)
+        return f"experts={self.num_experts}, {', '.join(shapes)}"
 
 
 class SwiGLU(nn.Module):

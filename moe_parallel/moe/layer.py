@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from moe_kernels.choice import Entry, ExpertKernel, Problem, read_table, refusal
 from moe_kernels.token_rounding import Rounding, round_tokens
+from moe_parallel.moe.adjugate import ADJUGATE_DIM, ADJUGATE_SCALE, Adjugates, check_adjugates
 from moe_parallel.moe.balance import BalanceConfig, balance_terms, selection_counts, z_loss_sum
 from moe_parallel.moe.capacity import DropOrder, expert_capacity, keep_within_capacity
 from moe_parallel.moe.chain import ChainConfig, Residual
 from moe_parallel.moe.dispatch.local import LocalDispatcher
+from moe_parallel.moe.expert_forms import DeltaForm, ExpertForm, Form, FullForm, TernaryForm
 from moe_parallel.moe.experts import RoutedExperts, SwiGLU
 from moe_parallel.moe.routers.router import LooksAt, Routed, Router, RouterConfig
 from moe_parallel.moe.routing import Choice, LayerContext, LayerStats, Routing
@@ -28,6 +30,10 @@ class MoEConfig:
     """Routed experts of a layer."""
     expert_dim: int = 128
     """Hidden width of one routed expert."""
+    expert_form: ExpertForm = ExpertForm.full
+    """How routed experts follow from their parameters; shared experts have matrices of their own in any form."""
+    delta_rank: int | None = None
+    """Rank of an expert's difference from the base, in each of its three matrices; for expert_form=delta."""
     num_shared_experts: int = 1
     """Experts that every token takes besides its routed ones (DeepSeekMoE), each of width expert_dim. 0 has none."""
     shared_expert_gate: bool = False
@@ -46,6 +52,12 @@ class MoEConfig:
     """What computes the experts: auto takes the fastest that was measured for the shape; the others insist."""
     kernel_table: str | None = None
     """File of measured shapes that scripts/tune_kernels.py wrote; null takes the shipped ones."""
+    adjugate_groups: int = 0
+    """Groups of neighboring experts that share a small network, the adjugate, each (Grove MoE); 0 has none."""
+    adjugate_dim: int = ADJUGATE_DIM
+    """Hidden width of an adjugate."""
+    adjugate_scale: float = ADJUGATE_SCALE
+    """Factor on what an adjugate adds to an expert; at most adjugate_groups / num_experts."""
     chain: ChainConfig = dataclasses.field(default_factory=ChainConfig)
 
     def __post_init__(self) -> None:
@@ -61,7 +73,38 @@ class MoEConfig:
         if self.renormalize_after_drop and self.capacity_factor is None:
             raise ValueError("moe.renormalize_after_drop=true needs moe.capacity_factor: without it nothing is dropped")
         self._check_rounding()
+        self._check_form()
+        check_adjugates(self.num_experts, self.adjugate_groups, self.adjugate_dim, self.adjugate_scale)
         self.measured_shapes()
+
+    def _check_form(self) -> None:
+        rank, form = self.delta_rank, self.expert_form
+        if (rank is None) is (form is ExpertForm.delta):
+            raise ValueError(
+                "moe.expert_form=delta needs moe.delta_rank: the rank of each expert's difference from their base"
+                if rank is None
+                else f"moe.delta_rank={rank} is of moe.expert_form=delta, not of {form.value}; leave it out"
+            )
+        if rank is not None and not 1 <= rank <= self.expert_dim:
+            raise ValueError(
+                f"moe.delta_rank={rank} must lie in 1..moe.expert_dim={self.expert_dim}: a matrix of an expert has no "
+                "higher rank; moe.expert_form=full has experts without a base"
+            )
+
+    @property
+    def form(self) -> Form:
+        """How the experts' matrices follow from their parameters."""
+        if self.delta_rank is not None:
+            return DeltaForm(self.delta_rank)
+        return TernaryForm() if self.expert_form is ExpertForm.ternary else FullForm()
+
+    def check_dim(self, dim: int) -> None:
+        """Raises ValueError where these options and the width of the model do not fit."""
+        if self.delta_rank is not None and self.delta_rank > dim:
+            raise ValueError(
+                f"moe.delta_rank={self.delta_rank} is more than model.dim={dim}: a matrix of an expert has no higher "
+                "rank; lower it"
+            )
 
     def _check_rounding(self) -> None:
         if self.token_rounding_tile < 2:
@@ -101,9 +144,12 @@ class MoEConfig:
 
     def check_kernel(self, device_type: str, dtype: torch.dtype, dim: int) -> None:
         """Raises ValueError where `expert_kernel` cannot run on this device, in this type."""
-        problem = Problem(torch.device(device_type), dtype, dim, self.expert_dim, self.num_experts, self.num_experts)
-        why = refusal(self.expert_kernel, problem)
-        if why is not None:
+        number, device = self.num_experts, torch.device(device_type)
+        whys = [
+            refusal(self.expert_kernel, Problem(device, dtype, dim, width, number, number))
+            for width in (self.expert_dim, *([self.adjugate_dim] if self.adjugate_groups else []))
+        ]
+        for why in filter(None, whys):
             raise ValueError(
                 f"moe.expert_kernel={self.expert_kernel.value} cannot run: {why}; moe.expert_kernel=auto takes what can"
             )
@@ -155,7 +201,15 @@ class MoELayer(nn.Module):
         self.enter, self.leave = nn.Identity(), nn.Identity()
         """First and last thing to run: with the experts between them they are one FSDP group, whose weights are
         gathered once and whose gradients are reduced once, however often the experts run."""
-        self.experts = RoutedExperts(moe.num_experts, dim, moe.expert_dim, moe.expert_kernel, moe.measured_shapes())
+        adjugates: Adjugates | None = None
+        if moe.adjugate_groups > 0:
+            adjugates = Adjugates(moe.num_experts, moe.adjugate_groups, dim, moe.adjugate_dim, moe.adjugate_scale)
+        self.experts = RoutedExperts(
+            moe.num_experts, dim, moe.expert_dim, moe.expert_kernel, moe.measured_shapes(), adjugates, moe.form
+        )
+        self.base = SwiGLU(dim, moe.expert_dim) if moe.form.uses_base else None
+        """What the experts are differences from. Beside them and not within: it is split and summed as dense weights
+        are, over all ranks."""
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.shared: SwiGLU | None = None
         self.shared_gate: nn.Linear | None = None
@@ -229,10 +283,11 @@ class MoELayer(nn.Module):
         hidden_TF = None
         if self.shared is not None and (context.iteration == 0 or self.config.chain.shared_every_iteration):
             hidden_TF = self.shared.hidden(x_TD)
+        base = None if self.base is None else (self.base.gate_up.weight, self.base.down.weight)
         if ticket.sums_here:
-            rows = self.experts(rows, ticket, self._added(x_TD, hidden_TF, stream_TD))
+            rows = self.experts(rows, ticket, self._added(x_TD, hidden_TF, stream_TD), base=base)
             return self.dispatcher.combine(rows, routing, ticket), stats
-        rows = self.experts(rows, ticket)
+        rows = self.experts(rows, ticket, base=base)
         return self.dispatcher.combine(rows, routing, ticket, self._added(x_TD, hidden_TF, stream_TD)), stats
 
     def _added(self, x_TD: Tensor, hidden_TF: Tensor | None, stream_TD: Tensor | None) -> list[Tensor]:

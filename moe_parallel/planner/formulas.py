@@ -19,6 +19,7 @@ from moe_parallel.model.counts import (
     ParameterCounts,
     count_parameters,
     forward_flops_per_token,
+    made_weights,
     memory_per_rank,
     padded_experts,
 )
@@ -190,7 +191,7 @@ class _Work:
         sequence = self.config.train.sequence_tokens
         total = forward_flops_per_token(shape, sequence) * tokens
         attention = total - forward_flops_per_token(shape, 0) * tokens  # without what one token costs itself
-        routed = 2.0 * counts.routed_active * tokens
+        routed = 2.0 * counts.routed_products * tokens
         head = 0 if self.stage.head else 2.0 * (counts.head or counts.embedding) * tokens
         experts = (
             routed / shape.router.top_k * (self.rows / tokens / max(1, shape.moe.chain.iterations)) if routed else 0.0
@@ -199,6 +200,8 @@ class _Work:
         traffic: float = model.num_layers * TOKEN_PASSES * tokens * model.dim
         traffic += shape.num_moe_layers * ROW_PASSES * self.rows * (model.dim + shape.moe.expert_dim)
         dense, held = self._whole_weights()
+        made = made_weights(shape) // self.layout.ep  # once for each micro-batch, written and read again
+        experts += 2.0 * made * (shape.moe.delta_rank or 0)
         launches = LAYER_OPERATIONS * shape.num_blocks * cluster.kernel_microseconds * MICRO
         return {
             "matmul": max(
@@ -208,7 +211,7 @@ class _Work:
             "attention": seconds(attention, cluster.attention_efficiency, self.compute_bytes),
             "experts": max(
                 seconds(experts, cluster.expert_efficiency, self.compute_bytes),
-                cluster.memory_seconds(held * self.compute_bytes),
+                cluster.memory_seconds((held + 2 * made) * self.compute_bytes),
             ),
             "other": cluster.memory_seconds(traffic * self.compute_bytes) + launches,
         }

@@ -43,7 +43,7 @@ DOCUMENTS = [[5, 7, 9], [], [1], list(range(40))]
 
 
 def shape(first_dense_layers: int, moe: dict[str, Any] | None = None, **options: Any) -> Architecture:
-    attention, moe = {"qk_norm": "head"}, {"num_shared_experts": 2, **(moe or {})}
+    attention, moe = {"qk_norm": "head", "qkv_bias": True}, {"num_shared_experts": 2, **(moe or {})}
     case = MegatronCase("x", 1, attention=attention, moe=moe, first_dense_layers=first_dense_layers, **options)
     return case.architecture()
 
@@ -60,7 +60,7 @@ def megatron_model(first_dense_layers: int) -> Any:
         num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=8, moe_shared_expert_intermediate_size=16,
         moe_layer_freq=[0] * dense + [1] * (3 - dense) if dense else 1, moe_router_pre_softmax=True,
         moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none", moe_router_dtype="fp32",
-        qk_layernorm=True, normalization="RMSNorm", layernorm_epsilon=1e-6, add_bias_linear=False,
+        qk_layernorm=True, normalization="RMSNorm", layernorm_epsilon=1e-6, add_bias_linear=False, add_qkv_bias=True,
         gated_linear_unit=True, activation_func=torch.nn.functional.silu, hidden_dropout=0.0, attention_dropout=0.0,
         use_cpu_initialization=True, bias_dropout_fusion=False, bias_activation_fusion=False,
     )  # fmt: skip
@@ -204,6 +204,9 @@ def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
     chain = replace(chain, moe=replace(chain.moe, chain=ChainConfig(iterations=2)))
     with pytest.raises(ValueError, match=r"no place for layers.1.ffn.later_routers"):
         to_megatron(chain, Transformer(chain).state_dict())
+    ternary = replace(shape(1), moe=replace(shape(1).moe, expert_form="ternary"))
+    with pytest.raises(ValueError, match=r"moe.expert_form=full only"):
+        to_megatron(ternary, Transformer(ternary).state_dict())
     with pytest.raises(ValueError, match="attention=gqa"):
         to_megatron(MegatronCase("latent", 1, latent_attention=True).architecture(), {})
     with pytest.raises(UnusableCheckpointError, match=r"no metadata.json"):

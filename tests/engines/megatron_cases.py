@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_kernels.hashing import hash_key
 from moe_parallel.mesh import ParallelConfig, ParallelMesh, PipelineSchedule, Recompute, make_layout
 from moe_parallel.model.architecture import Architecture
-from moe_parallel.model.initialize import InitConfig
+from moe_parallel.model.initialize import InitConfig, normal_part
 from tests.batches import join_batches
-from tests.parity.cases import OPTIM, SEED, STEPS, Case, Outcome, _buffers
+from tests.parity.cases import OPTIM, SEED, STEPS, Case, Outcome, _buffers, router_factor
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,14 @@ def enliven(engine: Any) -> None:
     for one in engine._held:
         for segment, flat in one.parts(one.main.detach()):
             if ".router." in segment.name or ".later_routers." in segment.name:
-                flat.values.mul_(20.0)
+                flat.values.mul_(router_factor(segment.name))
             if segment.name.endswith("later_scale"):
                 flat.values.fill_(0.5)
+            if segment.name.endswith("adjugates.down"):
+                offsets, sizes = flat.box
+                box = torch.empty(sizes)
+                normal_part(box, segment.shape, offsets, 0.3, hash_key(SEED, int(segment.name.split(".")[1])))
+                flat.values.copy_(box.flatten()[flat.start : flat.start + flat.values.numel()])
     engine._publish()
 
 

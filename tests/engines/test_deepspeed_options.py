@@ -49,6 +49,10 @@ def test_refuses_options(given, words):
         (["parallel.shard=1"], r"parallel.shard=1 is of engine=native"),
         (["parallel.reshard_after_forward=false"], r"parallel.reshard_after_forward=false is of engine=native"),
         (["parallel.compile=blocks"], r"parallel.compile=blocks is not possible with engine=deepspeed"),
+        (
+            ["moe.expert_form=delta", "moe.delta_rank=2"],
+            r"moe.expert_form=delta .*moe.expert_form=full, or engine=native",
+        ),
         (["engine.stage=1", "train.dtype=bfloat16"], r"engine.stage=1 with train.dtype=bfloat16 .*engine.stage=2"),
     ],
 )

@@ -38,10 +38,13 @@ TWO = [
     MegatronCase("megatron, ep 2", 2, ep=2, balance=ALL, distributed_optimizer=False),
     MegatronCase("megatron, ep 2, full recompute", 2, ep=2, recompute="full", balance=BIAS, micro_batches=2),
     MegatronCase("megatron, ep 2, chain of 2, idle rank", 2, ep=2, moe=table.CHAIN, idle_rank=True, balance=ALL),
+    MegatronCase("megatron, ep 2, adjugates", 2, ep=2, moe=table.ADJUGATES, balance=ALL, micro_batches=2),
     MegatronCase("megatron, ep 2, expert choice", 2, ep=2, kind="expert_choice", router=table.POOL, rows=2),
     MegatronCase("megatron, ep 2, least loaded", 2, ep=2, dispatch=table.SPILL, moe=table.GATED, balance=ALL),
-    MegatronCase("megatron, tp 2", 2, tp=2, balance=ALL, attention={"qk_norm": "head"}),
+    MegatronCase("megatron, tp 2", 2, tp=2, balance=ALL, attention={"qk_norm": "head", **table.BIASED}),
     MegatronCase("megatron, tp 2, ep 2, tied", 2, tp=2, ep=2, recompute="selective", router=table.SIGMOID, balance=BIAS, tied=True),
+    MegatronCase("megatron, tp 2, domains, offsets", 2, tp=2, ep=2, kind="domain", router={**table.DOMAINS, **table.OFFSETS}, balance=ALL),
+    MegatronCase("megatron, ep 2, ternary experts", 2, ep=2, moe=table.TERNARY, balance=ALL),
     MegatronCase("megatron, tp 2, dense", 2, tp=2, num_layers=2, first_dense_layers=2),
     MegatronCase("megatron, cp 2, ep 2", 2, cp=2, ep=2, balance=ALL, micro_batches=2),
     MegatronCase("megatron, pp 2, tied", 2, pp=2, num_layers=4, tied=True, balance=BIAS, micro_batches=2, distributed_optimizer=False),
@@ -49,7 +52,7 @@ TWO = [
 ]  # fmt: skip
 FOUR = [
     MegatronCase("megatron, tp 2, pp 2, ep 2", 4, tp=2, pp=2, ep=2, num_layers=4, tied=True, balance=ALL, micro_batches=2),
-    MegatronCase("megatron, tp 2, cp 2, ep 4", 4, tp=2, cp=2, ep=4, balance=ALL),
+    MegatronCase("megatron, tp 2, cp 2, ep 4", 4, tp=2, cp=2, ep=4, balance=ALL, attention=table.BIASED),
     MegatronCase("megatron, ep 2, pp 2 x 2 stages", 4, ep=2, pp=2, stages_per_rank=2, num_layers=4, balance=ALL, micro_batches=2),
 ]  # fmt: skip
 HALF = MegatronCase("megatron, bf16, tp 2, ep 2", 2, tp=2, ep=2, dtype="bfloat16", balance=ALL)
@@ -188,6 +191,7 @@ LATENT = MegatronCase("latent", 2, latent_attention=True)
 FULL_NORM = MegatronCase("full", 2, attention={"qk_norm": "full"})
 STREAM = MegatronCase("stream", 2, moe={"chain": ChainConfig(iterations=2, renormalize=Renormalize.shared)})
 REFERENCE = MegatronCase("reference", 2, moe={"chain": ChainConfig(block=ChainBlock.reference)})
+DELTA = MegatronCase("delta", 2, moe=table.DELTA)
 CARRY = MegatronCase("carry", 2, router={"logit_residual": True})
 PLAIN, STAGES = MegatronCase("plain", 2), MegatronCase("stages", 2, pp=2)
 EVEN = MegatronCase("even", 2, pp=2, num_layers=4)
@@ -200,6 +204,7 @@ EVEN = MegatronCase("even", 2, pp=2, num_layers=4)
         (FULL_NORM, {}, "attention.qk_norm=full.*head or none"),
         (STREAM, {}, "moe.chain.renormalize=shared.*renormalize=none"),
         (REFERENCE, {}, "moe.chain.block=reference.*pre_norm"),
+        (DELTA, {}, "moe.expert_form=delta.*engine=native"),
         (CARRY, {}, "router.logit_residual=false"),
         (PLAIN, {"shard": 2}, "parallel.shard=2.*distributed_optimizer"),
         (PLAIN, {"compile": Compile.blocks}, "parallel.compile=blocks.*none"),

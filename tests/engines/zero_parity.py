@@ -13,18 +13,23 @@ from moe_parallel.engines.deepspeed_config import DeepSpeedConfig
 from moe_parallel.engines.deepspeed_experts import our_name
 from moe_parallel.mesh import ParallelConfig, ParallelMesh, Recompute, make_layout
 from moe_parallel.model.initialize import InitConfig
-from tests.parity.cases import OPTIM, SEED, Case, Outcome, run_steps
+from tests.parity.cases import OPTIM, SEED, Case, Outcome, router_factor, run_steps
 from tests.parity.table import (
     ALL_LOSSES,
     BIAS,
+    BIASED,
     CHAIN,
+    CHUNKS_2,
+    DOMAINS,
     EXACT,
     GATED,
     GLOBAL,
+    OFFSETS,
     RESIDUAL,
     SCALED_CHAIN,
     SIGMOID,
     SPILL,
+    TERNARY,
     THREE,
     THRESHOLD,
     TWO_NODES,
@@ -52,18 +57,21 @@ WORLD_TWO = [
     row("zero 1, ep 2, all losses", 2, {**ONE, **SMALL}, ep=2, balance=ALL_LOSSES),
     row("zero 1, ep 2, expert choice", 2, ONE, ep=2, kind="expert_choice", router=WHOLE, rows=2),
     row("zero 2, ep 1, exact, latent attention, tied", 2, TWO, latent_attention=True, tied=True, balance=EXACT),
-    row("zero 2, ep 2, bias", 2, {**TWO, **SMALL}, ep=2, router=SIGMOID, balance=BIAS),
+    row("zero 2, ep 2, bias", 2, {**TWO, **SMALL}, ep=2, attention=BIASED, router=SIGMOID, balance=BIAS),
     row("zero 2, ep 2, chain of 3, full recompute", 2, TWO, ep=2, moe=THREE, recompute="full", balance=GLOBAL),
     row("zero 2, ep 2, least loaded, starved rank", 2, TWO, ep=2, dispatch=SPILL, starved_rank=True, balance=BIAS),
     row("zero 2, ep 2, optimizer on the host", 2, {**TWO, **CPU}, ep=2, moe=GATED, balance=GLOBAL),
     row("zero 2, overlapped, idle rank", 2, {**TWO, "overlap_communication": True}, ep=2, idle_rank=True, balance=BIAS),
     row("zero 3, whole parameters, ep 2", 2, THREE_WHOLE, ep=2, balance=ALL_LOSSES),
     row("zero 3, ep 1, exact, latent attention, tied", 2, CUT, latent_attention=True, tied=True, balance=EXACT),
-    row("zero 3, ep 2, bias", 2, CUT, ep=2, router=SIGMOID, balance=BIAS),
+    row("zero 3, ep 2, bias", 2, CUT, ep=2, attention=BIASED, router=SIGMOID, balance=BIAS),
     row("zero 3, ep 2, scaled chain, full recompute", 2, CUT, ep=2, moe=SCALED_CHAIN, recompute="full", balance=GLOBAL),
     row("zero 3, ep 2, expert choice", 2, CUT, ep=2, kind="expert_choice", router=WHOLE, rows=2),
     row("zero 3, ep 2, least loaded, starved rank", 2, CUT, ep=2, dispatch=SPILL, starved_rank=True, balance=BIAS),
     row("zero 3, multi-token prediction", 2, CUT, ep=2, mtp_layers=2, rows=2, balance=ALL_LOSSES),
+    row("zero 3, domains, offsets", 2, CUT, ep=2, kind="domain", router={**DOMAINS, **OFFSETS}, balance=ALL_LOSSES),
+    row("zero 3, ternary experts, 2 chunks", 2, CUT, ep=2, dispatch=CHUNKS_2, moe=TERNARY, balance=ALL_LOSSES),
+    row("zero 2, ternary experts, full recompute", 2, TWO, ep=2, moe=TERNARY, recompute="full", balance=GLOBAL),
     row("zero 2, residual logits", 2, TWO, ep=2, router=RESIDUAL, mtp_layers=1, rows=2, balance=ALL_LOSSES),
     row("zero 3, all on the host", 2, {**CUT, **CPU, "offload_parameters": "cpu"}, ep=2, moe=GATED, balance=GLOBAL),
 ]  # fmt: skip
@@ -96,8 +104,8 @@ def lively(engine: DeepSpeedEngine, case: Case) -> None:
     with engine.partitions.published():
         for ranges, flat, _ in engine.partitions.visit(write=True):
             for held in ranges:
-                if "router" in held.name and not held.name.endswith(".residual"):
-                    held.range_in(flat).mul_(20.0)
+                if "router" in held.name:
+                    held.range_in(flat).mul_(router_factor(held.name))
                 if held.name.endswith("later_scale"):
                     held.range_in(flat).fill_(0.5)
     if case.starved_rank:

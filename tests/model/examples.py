@@ -13,7 +13,7 @@ from moe_parallel.model.latent_attention import LatentConfig
 from moe_parallel.model.transformer import Transformer
 from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.layer import MoEConfig
-from moe_parallel.moe.routers.token_choice import Score, TokenChoiceConfig
+from moe_parallel.moe.routers.token_choice import InputNorm, Score, TokenChoiceConfig
 
 VOCABULARY = 50
 
@@ -35,7 +35,7 @@ LATENT = Architecture(
 )
 DENSE = Architecture(
     model=ModelConfig(dim=32, num_layers=2, first_dense_layers=2, ffn_dim=48),
-    attention=GroupedQueryConfig(num_heads=4, qk_norm=QKNorm.full),
+    attention=GroupedQueryConfig(num_heads=4, qk_norm=QKNorm.full, qkv_bias=True),
     moe=MoEConfig(),
     router=TokenChoiceConfig(),
     balance=BalanceConfig(),
@@ -44,13 +44,14 @@ DENSE = Architecture(
 FURTHER = replace(
     GROUPED,
     model=replace(GROUPED.model, mtp_layers=2),
-    router=TokenChoiceConfig(top_k=3, logit_residual=True),
+    router=TokenChoiceConfig(top_k=3, logit_residual=True, logit_offset=True, input_norm=InputNorm.standardize),
 )
 ARCHITECTURES = {"grouped": GROUPED, "latent": LATENT, "dense": DENSE, "further": FURTHER}
 
 
 def build(architecture: Architecture, dtype: torch.dtype = torch.float32, seed: int = 0) -> Transformer:
-    """A model with random weights, through the meta device as in training. Norms are random too: ones hide bugs."""
+    """A model with random weights, through the meta device as in training. Norms and biases are random too: ones and
+    zeros hide bugs."""
     with torch.device("meta"):
         model = Transformer(architecture).to(dtype)
     model.to_empty(device="cpu")
@@ -58,6 +59,6 @@ def build(architecture: Architecture, dtype: torch.dtype = torch.float32, seed: 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith(("_bias", ".offset")):
                 parameter.add_(torch.rand(parameter.shape, generator=generator, dtype=dtype) - 0.5)
     return model

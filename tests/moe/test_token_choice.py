@@ -3,13 +3,19 @@
 1. weights   2. the selection bias   3. groups   4. forced balance   5. bad options
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_parallel import relations
 from moe_parallel.moe.routers.token_choice import GroupScore, RouterKernel, Score, TokenChoiceConfig, TokenChoiceRouter
 from moe_parallel.moe.routing import Choice, LayerContext
+from moe_parallel.options import ConfigError, composed
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 CONTEXT = LayerContext(layer=0, batch_shape=(1, 32))
 
@@ -144,7 +150,6 @@ def test_forced_balance_is_balanced():
     [
         ({"top_k": 9}, 8, ("router.top_k=9", "moe.num_experts=8")),
         ({"top_k": 0}, 8, ("router.top_k=0",)),
-        ({"top_k": 1, "normalize": True}, 8, ("normalize", "no gradient")),
         ({"num_groups": 3, "top_groups": 1}, 8, ("num_groups=3", "legal")),
         ({"num_groups": 4, "top_groups": 5}, 8, ("top_groups=5",)),
         ({"top_k": 4, "num_groups": 4, "top_groups": 1}, 8, ("top_k=4", "groups")),
@@ -157,6 +162,16 @@ def test_bad_options_are_refused_with_reason(options, experts, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011  the words are checked below
         TokenChoiceRouter(16, experts, TokenChoiceConfig(**options), with_bias=False)
     assert all(word in str(error.value) for word in words)
+
+
+def test_weights_of_one_are_for_frozen_routers_only():
+    """A router whose weights are exactly 1 whatever it does would never learn, and nothing in a run would say so."""
+    start = ["model=tiny", "router=softmax_normalized", "router.top_k=1"]
+    with pytest.raises(ConfigError, match=r"router.top_k=1 makes every weight exactly 1.*'optim.frozen="):
+        relations.check(composed(start, CONFIGS), 1)
+    relations.check(composed([*start, "optim.frozen=[*.router.*]"], CONFIGS), 1)
+    router = make_router(top_k=1, normalize=True)
+    assert (route(router, X)[2] == 1).all()
 
 
 def test_a_kernel_that_cannot_run_is_refused():

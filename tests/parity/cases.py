@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moe_data.batch import TokenBatch
+from moe_kernels.hashing import hash_key
 from moe_parallel.engines.engine import Engine
 from moe_parallel.engines.native import NativeEngine, moe_layers
 from moe_parallel.mesh import Compile, ParallelConfig, ParallelMesh, PipelineSchedule, Recompute, make_layout
 from moe_parallel.model.architecture import Architecture, ModelConfig
 from moe_parallel.model.attention import GroupedQueryConfig
-from moe_parallel.model.initialize import InitConfig, init_weights
+from moe_parallel.model.initialize import InitConfig, fill_normal, init_weights
 from moe_parallel.model.latent_attention import LatentConfig
 from moe_parallel.model.transformer import Transformer
 from moe_parallel.moe.balance import BalanceConfig, GlobalEstimator
@@ -77,6 +79,14 @@ class Case:
     """Routing sends every token to the experts of the first rank."""
     dtype: str = "float64"
     compile: str = "none"
+    frozen: list[str] = field(default_factory=list)
+    """Patterns of names, as in `optim`."""
+    router_only_steps: int = 0
+
+    @property
+    def optim(self) -> OptimConfig:
+        """What all cases share, but for what learns."""
+        return replace(OPTIM, frozen=self.frozen, router_only_steps=self.router_only_steps)
 
     @property
     def batch_ranks(self) -> int:
@@ -137,16 +147,29 @@ class Outcome:
     """Losses of multi-token prediction, as sums."""
 
 
+def router_factor(name: str) -> float:
+    """What a weight of a router is multiplied with to make routing lively."""
+    # Residual logits would grow from layer to layer; rows of domains are products of two weights.
+    return {"residual": 1.0, "gate_up": 7.0, "project": 7.0}.get(name.rpartition(".")[2], 20.0)
+
+
 def _prepare(model: torch.nn.Module, case: Case) -> None:
     """Weights of a size at which routing is lively; a starved rank gets no token by construction."""
     for layer in moe_layers(model):
         for router in layer.routers:
             for name, weight in router.named_parameters():
                 local = weight.to_local() if isinstance(weight, DTensor) else weight
-                local.data.mul_(1.0 if name == "residual" else 20.0)  # logits would grow from layer to layer
+                local.data.mul_(router_factor(name))
         if layer.later_scale is not None:  # it starts at 0, which would hide what it scales
             scale = layer.later_scale
             (scale.to_local() if isinstance(scale, DTensor) else scale).data.fill_(0.5)
+        if layer.experts.adjugates is not None:  # likewise
+            with torch.no_grad():
+                fill_normal(layer.experts.adjugates.down, 0.3, hash_key(SEED, layer.layer))
+        for number, name in enumerate(("gate_up_out", "down_out")):  # likewise
+            if name in layer.experts.names:
+                with torch.no_grad():
+                    fill_normal(getattr(layer.experts, name), 0.3, hash_key(SEED, layer.layer, number))
         if case.starved_rank:
             assert layer.router.bias is not None
             half = case.num_experts // case.ep
@@ -171,7 +194,7 @@ def run_engine(case: Case, as_one: bool = False) -> list[Outcome]:
     master = torch.float64 if compute is torch.float64 else torch.float32
     dispatch = AllToAllConfig() if as_one else case.dispatch
     engine = NativeEngine(
-        case.architecture(), mesh, parallel, OPTIM, torch.device("cpu"), compute, master, dispatch=dispatch
+        case.architecture(), mesh, parallel, case.optim, torch.device("cpu"), compute, master, dispatch=dispatch
     )
     engine.init_weights(InitConfig(std=0.1), SEED)
     _prepare(engine.model, case)
@@ -250,8 +273,10 @@ def run_reference(case: Case) -> list[Outcome]:
     init_weights(model, InitConfig(std=0.1), SEED)
     _prepare(model, case)
     layers = moe_layers(model)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not any(fnmatch(name, pattern) for pattern in case.frozen)
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": OPTIM.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=OPTIM.learning_rate, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.epsilon,
@@ -310,6 +335,9 @@ def _reference_step(case: Case, model: Transformer, step: int, previous_LIE: Ten
                 seen_LIE[s.layer, s.iteration] += s.step_count_E
             if s.observed_E is not None:
                 observed_LE[row] += s.observed_E / len(batches)
+    for name, parameter in model.named_parameters():
+        if step < case.router_only_steps and "router" not in name:
+            parameter.grad = None
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
     outcome = Outcome(

@@ -98,7 +98,12 @@ DEVICES = {"sequence_coefficient": 0.1, "device_coefficient": 0.2, "communicatio
 ONE_ROUTER = {"chain": ChainConfig(iterations=2, own_routers=False)}
 RESIDUAL = {"logit_residual": True}
 
+DOMAINS = {"domain_dim": 3, "projection_dim": 4}
+OFFSETS = {"logit_offset": True, "input_norm": "standardize"}
+
 ROUTERS_ONE = [
+    Case("one rank, delta experts", 1, moe={"expert_form": "delta", "delta_rank": 2}, balance=ALL_LOSSES, micro_batches=2),
+    Case("one rank, ternary experts, full recompute", 1, moe={"expert_form": "ternary"}, recompute="full", balance=GLOBAL),
     Case("one rank, chain of 3, full recompute", 1, moe=THREE, recompute="full", micro_batches=2, balance=ALL_LOSSES),
     Case("one rank, expert choice, sequences", 1, kind="expert_choice", router=POOL, rows=2, whole_rows=True),
     Case("one rank, expert choice, global batch", 1, kind="expert_choice", router=WHOLE, rows=3, recompute="full"),
@@ -110,6 +115,8 @@ ROUTERS_ONE = [
     Case("one rank, gshard", 1, router={"normalize": True, "random_second": True}, balance=GLOBAL),
     Case("one rank, bi-level, a router per node", 1, kind="bi_level", router={"local_router_per_node": True}, balance=ALL_LOSSES),
     Case("one rank, losses over devices", 1, balance=DEVICES, micro_batches=2),
+    Case("one rank, adjugates", 1, moe={"adjugate_groups": 2, "adjugate_dim": 6}, router={"top_k": 3}, whole_rows=True, recompute="full"),
+    Case("one rank, domains, full recompute", 1, kind="domain", router=DOMAINS, balance=EXACT, micro_batches=2, recompute="full"),
     Case("one rank, multi-token prediction", 1, mtp_layers=2, rows=2, balance=ALL_LOSSES, micro_batches=2),
     Case("one rank, residual logits, chain of 2, full recompute", 1, router=RESIDUAL, moe=CHAIN, mtp_layers=1, rows=2, recompute="full", balance=EXACT, micro_batches=2),
 ]  # fmt: skip
@@ -133,6 +140,8 @@ ROUTERS_TWO = [
     Case("threshold, chain of 2", 2, ep=2, kind="expert_choice", router=THRESHOLD, rows=2, moe=CHAIN),
     Case("bi-level, ep 2", 2, ep=2, kind="bi_level", balance=ALL_LOSSES, micro_batches=2),
     Case("bi-level, a router per node, top 2 nodes", 2, ep=2, kind="bi_level", router={"local_router_per_node": True, "top_nodes": 2, "num_nodes": 4}, num_experts=8, balance=ALL_LOSSES),
+    Case("domains, ep 2", 2, ep=2, kind="domain", router=DOMAINS, balance={**ALL_LOSSES, "bias_rate": 0.05}, micro_batches=2),
+    Case("offsets, standardized input, ep 2, full recompute", 2, ep=2, router=OFFSETS, recompute="full", balance=ALL_LOSSES, micro_batches=2),
     Case("random, ep 2, full recompute", 2, ep=2, kind="random", recompute="full", micro_batches=2),
     Case("hash, ep 2", 2, ep=2, kind="hash"),
     Case("switch", 2, ep=2, moe=CAPACITY, router={"top_k": 1, "input_jitter": 0.1}, recompute="full"),
@@ -156,6 +165,7 @@ ROUTERS_FOUR = [
     Case("expert choice, sequences, ep 4", 4, ep=4, kind="expert_choice", router=POOL, rows=2),
     Case("expert choice, global batch, ep 4", 4, ep=4, kind="expert_choice", router=WHOLE, rows=2),
     Case("expert choice, position, ep 2 x expert shard 2", 4, ep=2, kind="expert_choice", router={"pool": "position"}, rows=2),
+    Case("domains, ep 2 x expert shard 2", 4, ep=2, kind="domain", router={**DOMAINS, **OFFSETS}, balance=ALL_LOSSES, micro_batches=2),
     Case("threshold, ep 4", 4, ep=4, kind="expert_choice", router={**THRESHOLD, "pool_sequences": 4}),
     Case("expert choice, capped, ep 4", 4, ep=4, kind="expert_choice", router={**POOL, "max_experts_per_token": 3}, rows=2),
     Case("switch, ep 4", 4, ep=4, moe=CAPACITY, router={"top_k": 1, "input_jitter": 0.1}, micro_batches=2),
@@ -173,6 +183,9 @@ TWO_NODES = TwoHopConfig(ranks_per_node=2)
 FOUR_NODES = TwoHopConfig(ranks_per_node=1)
 CHUNKS_2, CHUNKS_4 = AllToAllConfig(chunks=2), AllToAllConfig(chunks=4)
 
+ADJUGATES = {"adjugate_groups": 2, "adjugate_dim": 6, "adjugate_scale": 0.5}
+FOUR_ADJUGATES = {**ADJUGATES, "adjugate_groups": 4}
+
 DISPATCH_TWO = [
     Case("least loaded, ep 2", 2, ep=2, dispatch=SPILL, balance=ALL_LOSSES, micro_batches=2),
     Case("least loaded, no token for the second rank", 2, ep=2, dispatch=SPILL, starved_rank=True, balance=BIAS),
@@ -188,6 +201,16 @@ DISPATCH_TWO = [
     Case("2 chunks, forced balance, no padding", 2, ep=2, dispatch=CHUNKS_2, router={"forced_balance": True}, whole_rows=True),
     Case("2 chunks, no token for the second rank", 2, ep=2, dispatch=CHUNKS_2, starved_rank=True, balance=BIAS),
     Case("4 chunks, expert choice, idle rank", 2, ep=2, num_experts=8, dispatch=CHUNKS_4, kind="expert_choice", router=WHOLE, rows=2, idle_rank=True),
+    Case("adjugates, ep 2, no padding", 2, ep=2, moe=ADJUGATES, whole_rows=True, router={"top_k": 3}, balance=ALL_LOSSES, micro_batches=2),
+    Case("adjugates, ep 2, full recompute", 2, ep=2, moe=ADJUGATES, recompute="full", balance={**ALL_LOSSES, "bias_rate": 0.05}, micro_batches=2),
+    Case("adjugates, sharded, selective recompute", 2, moe=ADJUGATES, whole_rows=True, recompute="selective", balance=GLOBAL),
+    Case("adjugates, replicated, capacity, full recompute", 2, ep=2, shard=1, moe={**ADJUGATES, **CAPACITY_BY_WEIGHT}, recompute="full"),
+    Case("adjugates, chain of 2, one router", 2, ep=2, moe={**ADJUGATES, **SHARED_CHAIN}, whole_rows=True, balance=GLOBAL),
+    Case("adjugates, expert choice", 2, ep=2, moe=ADJUGATES, kind="expert_choice", router=POOL, rows=2),
+    Case("adjugates, least loaded", 2, ep=2, moe=ADJUGATES, dispatch=SPILL, starved_rank=True, balance=BIAS, recompute="full", micro_batches=2),
+    Case("adjugates, 2 chunks within groups", 2, ep=2, moe=ADJUGATES, dispatch=CHUNKS_2, balance=GLOBAL, micro_batches=2),
+    Case("adjugates, 2 chunks of whole groups, forced balance", 2, ep=2, moe=FOUR_ADJUGATES, num_experts=8, dispatch=CHUNKS_2, router={"forced_balance": True}, whole_rows=True),
+    Case("adjugates, tp 2, ep 2", 2, tp=2, ep=2, moe=ADJUGATES, rows=2, balance=GLOBAL),
 ]  # fmt: skip
 
 DISPATCH_FOUR = [
@@ -207,9 +230,13 @@ DISPATCH_FOUR = [
     Case("2 chunks, ep 4, shared experts, full recompute", 4, ep=4, num_experts=8, dispatch=CHUNKS_2, moe=GATED, recompute="full", balance=ALL_LOSSES, micro_batches=2),
     Case("4 chunks, ep 2 x expert shard 2", 4, ep=2, num_experts=8, dispatch=CHUNKS_4, balance=ALL_LOSSES, micro_batches=2),
     Case("2 chunks, ep 2 x replicas 2, capacity", 4, ep=2, shard=2, dispatch=CHUNKS_2, moe=CAPACITY_BY_WEIGHT, micro_batches=2),
+    Case("adjugates, ep 4", 4, ep=4, moe=FOUR_ADJUGATES, num_experts=8, router={"top_k": 3}, whole_rows=True, balance=ALL_LOSSES, micro_batches=2),
+    Case("adjugates, ep 2 x expert shard 2, full recompute", 4, ep=2, moe=ADJUGATES, recompute="full", balance=ALL_LOSSES),
+    Case("adjugates, two hops, top 3 of 8", 4, ep=4, moe=FOUR_ADJUGATES, num_experts=8, router={"top_k": 3}, dispatch=TWO_NODES, whole_rows=True, balance=GLOBAL),
 ]  # fmt: skip
 
 FULL_NORM, HEAD_NORM = {"qk_norm": "full"}, {"qk_norm": "head"}
+BIASED = {"qkv_bias": True}
 FEW_KEYS = {"num_kv_heads": 1}
 SIX_HEADS = {"num_heads": 6, "num_kv_heads": 3, "head_dim": 4}
 PLAIN_QUERY = {"q_rank": None}
@@ -229,6 +256,8 @@ SEQUENCES_TWO = [
     Case("tp 2, norm of all heads", 2, tp=2, ep=2, attention=FULL_NORM, recompute="selective", balance=GLOBAL),
     Case("tp 2, norm of each head", 2, tp=2, attention=HEAD_NORM, moe=GATED, balance=GLOBAL),
     Case("cp 2, norm of all heads", 2, cp=2, attention=FULL_NORM, balance=GLOBAL),
+    Case("tp 2, biased and normed queries, selective recompute", 2, tp=2, ep=2, attention={**BIASED, **FULL_NORM}, recompute="selective", balance=GLOBAL),
+    Case("cp 2, biased queries, keys and values", 2, cp=2, ep=2, attention=BIASED, recompute="full", balance=GLOBAL),
     Case("cp 2, one key head for all", 2, cp=2, ep=2, attention=FEW_KEYS, balance={"micro_batch_coefficient": 0.3}),
     Case("cp 2, 6 query heads on 3 key heads", 2, cp=2, attention=SIX_HEADS, balance=DEVICES),
     Case("tp 2, losses over devices of a micro-batch", 2, tp=2, rows=2, balance={**DEVICES, "device_scope": "micro_batch"}),
@@ -262,6 +291,7 @@ SEQUENCES_FOUR = [
     Case("cp 4, one key head for all, ep 2", 4, cp=4, ep=2, attention=FEW_KEYS, balance=ALL_LOSSES),
     Case("tp 2 x cp 2, latent attention, full recompute", 4, tp=2, cp=2, ep=2, latent_attention=True, attention=FOUR_LATENT, recompute="full", balance=GLOBAL),
     Case("tp 2 x cp 2, norm of all heads", 4, tp=2, cp=2, ep=2, attention=FULL_NORM, balance=GLOBAL),
+    Case("tp 2 x shard 2, biased queries, keys and values", 4, tp=2, ep=2, attention=BIASED, balance=GLOBAL),
     Case("tp 2 x cp 2, expert choice, sequences", 4, tp=2, cp=2, ep=4, kind="expert_choice", router=POOL, rows=2),
     Case("tp 2, expert choice, all ranks", 4, tp=2, ep=4, kind="expert_choice", router=EVERYWHERE, rows=2, recompute="full"),
     Case("cp 2, expert choice, position", 4, cp=2, ep=2, kind="expert_choice", router={"pool": "position"}, rows=2),
@@ -276,6 +306,72 @@ SEQUENCES_EIGHT = [
     Case("tp 2 x cp 2 x shard 2, ep 8", 8, tp=2, cp=2, ep=8, num_experts=8, balance=ALL_LOSSES),
     Case("tp 2 x cp 2 x replicas 2, ep 4 x expert replicas 2", 8, tp=2, cp=2, ep=4, shard=2, balance=ALL_LOSSES, recompute="full"),
     Case("cp 4 x shard 2, ep 2 x expert shard 4", 8, cp=4, ep=2, attention=FEW_KEYS, balance=GLOBAL, micro_batches=2),
+]  # fmt: skip
+
+ROUTERS, EXPERTS = ["*router*"], ["*.experts.*"]
+ALL_BUT_ROUTERS = ["embedding.*", "head.*", "*norm.weight", "*.attention.*", "layers.0.ffn.*", "*.experts.*", "*.shared.*"]  # fmt: skip
+BELOW = ["embedding.*", "layers.0.*", "layers.1.*"]
+"""What a pipeline of two stages has in the first one, and more."""
+
+FROZEN_TWO = [
+    Case("frozen routers, ep 2", 2, ep=2, frozen=ROUTERS, micro_batches=2, balance=ALL_LOSSES),
+    Case("frozen experts, ep 2, full recompute", 2, ep=2, frozen=EXPERTS, recompute="full", balance=EXACT, micro_batches=2),
+    Case("frozen experts, ep 2, selective recompute", 2, ep=2, frozen=EXPERTS, recompute="selective", balance=GLOBAL),
+    Case("all but routers frozen, sharded", 2, frozen=ALL_BUT_ROUTERS, micro_batches=2, balance=ALL_LOSSES),
+    Case("all but routers frozen, ep 2, full recompute", 2, ep=2, frozen=ALL_BUT_ROUTERS, recompute="full", balance=BIAS),
+    Case("half of the experts' weights frozen, replicated", 2, ep=2, shard=1, frozen=["*.gate_up"], balance=ALL_LOSSES),
+    Case("frozen dense part, tp 2, ep 2", 2, tp=2, ep=2, frozen=["*.attention.*", "layers.0.ffn.up.*"], balance=ALL_LOSSES),
+    Case("frozen layers below, cp 2, weights kept", 2, cp=2, frozen=BELOW, reshard_after_forward=False, micro_batches=2, balance=GLOBAL),
+    Case("frozen embedding and head, multi-token prediction", 2, ep=2, tied=True, mtp_layers=1, frozen=["embedding.*"], balance=GLOBAL),
+    Case("frozen experts, chain of 2, one router", 2, ep=2, moe=SHARED_CHAIN, frozen=EXPERTS, balance=GLOBAL),
+    Case("frozen experts, least loaded", 2, ep=2, dispatch=SPILL, frozen=EXPERTS, starved_rank=True, balance=BIAS),
+    Case("half of the experts' weights frozen, 2 chunks", 2, ep=2, dispatch=CHUNKS_2, frozen=["*.down"], balance=GLOBAL),
+    Case("routers first, ep 2", 2, ep=2, router_only_steps=1, micro_batches=2, balance=ALL_LOSSES),
+    Case("routers first, frozen shared experts, tp 2", 2, tp=2, router_only_steps=1, frozen=["*.shared.*"], balance=GLOBAL),
+    Case("routers first, chain of 2, full recompute", 2, ep=2, moe=CHAIN, router_only_steps=1, recompute="full", balance=GLOBAL),
+]  # fmt: skip
+
+FROZEN_FOUR = [
+    Case("frozen experts, ep 2 x expert shard 2", 4, ep=2, frozen=EXPERTS, micro_batches=2, balance=ALL_LOSSES),
+    Case("all but routers frozen, ep 2 x replicas 2", 4, ep=2, shard=2, frozen=ALL_BUT_ROUTERS, micro_batches=2, balance=ALL_LOSSES),
+    Case("frozen layers below, tp 2 x shard 2, ep 4", 4, tp=2, ep=4, frozen=BELOW, balance=ALL_LOSSES),
+    Case("routers first, ep 2 x replicas 2", 4, ep=2, shard=2, router_only_steps=1, balance=ALL_LOSSES),
+]  # fmt: skip
+
+DELTA, TERNARY = {"expert_form": "delta", "delta_rank": 2}, {"expert_form": "ternary"}
+
+FORMS_TWO = [
+    Case("delta experts, sharded", 2, moe=DELTA, balance=ALL_LOSSES, micro_batches=2),
+    Case("delta experts, ep 2", 2, ep=2, moe=DELTA, balance=ALL_LOSSES),
+    Case("delta experts, ep 2, full recompute", 2, ep=2, moe=DELTA, recompute="full", balance=EXACT, micro_batches=2),
+    Case("delta experts, ep 2, selective recompute, weights kept", 2, ep=2, moe=DELTA, recompute="selective", reshard_after_forward=False, balance=GLOBAL, micro_batches=2),
+    Case("delta experts, replicated", 2, ep=2, shard=1, moe=DELTA, balance=ALL_LOSSES),
+    Case("delta experts, chain of 2", 2, ep=2, moe={**DELTA, **CHAIN}, balance=GLOBAL, micro_batches=2),
+    Case("delta experts, chain of 2, one router, full recompute", 2, ep=2, moe={**DELTA, **SHARED_CHAIN}, recompute="full"),
+    Case("delta experts, least loaded", 2, ep=2, dispatch=SPILL, moe=DELTA, starved_rank=True, balance=BIAS, micro_batches=2),
+    Case("delta experts, 2 chunks, adjugates", 2, ep=2, dispatch=CHUNKS_2, moe={**DELTA, **ADJUGATES}, balance=GLOBAL),
+    Case("delta experts, no token for the second rank", 2, ep=2, moe=DELTA, starved_rank=True, balance=BIAS),
+    Case("delta experts, frozen base", 2, ep=2, moe=DELTA, frozen=["*.ffn.base.*"], balance=ALL_LOSSES),
+    Case("delta experts, all but the base frozen", 2, ep=2, moe=DELTA, frozen=EXPERTS, balance=GLOBAL),
+    Case("delta experts, tp 2, ep 2", 2, tp=2, ep=2, moe=DELTA, balance=ALL_LOSSES),
+    Case("delta experts, cp 2, multi-token prediction", 2, cp=2, ep=2, moe=DELTA, mtp_layers=1, balance=ALL_LOSSES),
+    Case("ternary experts, sharded", 2, moe=TERNARY, balance=ALL_LOSSES, micro_batches=2),
+    Case("ternary experts, ep 2, full recompute", 2, ep=2, moe=TERNARY, recompute="full", balance=EXACT, micro_batches=2),
+    Case("ternary experts, replicated, selective recompute", 2, ep=2, shard=1, moe=TERNARY, recompute="selective", balance=GLOBAL),
+    Case("ternary experts, chain of 2, 2 chunks", 2, ep=2, dispatch=CHUNKS_2, moe={**TERNARY, **CHAIN}, balance=GLOBAL, micro_batches=2),
+    Case("ternary experts, least loaded", 2, ep=2, dispatch=SPILL, moe=TERNARY, starved_rank=True, balance=BIAS),
+    Case("ternary experts, tp 2, ep 2", 2, tp=2, ep=2, moe=TERNARY, balance=ALL_LOSSES),
+]  # fmt: skip
+
+FORMS_FOUR = [
+    Case("delta experts, ep 4", 4, ep=4, moe=DELTA, balance=ALL_LOSSES),
+    Case("delta experts, ep 2 x expert shard 2", 4, ep=2, moe=DELTA, balance=ALL_LOSSES, micro_batches=2),
+    Case("delta experts, ep 2 x replicas 2, chain of 2", 4, ep=2, shard=2, moe={**DELTA, **CHAIN}, balance=GLOBAL),
+    Case("delta experts, two hops, idle rank", 4, ep=4, dispatch=TWO_NODES, moe=DELTA, idle_rank=True, balance=GLOBAL),
+    Case("delta experts, tp 2 x shard 2, ep 2", 4, tp=2, ep=2, moe=DELTA, recompute="full", balance=ALL_LOSSES),
+    Case("ternary experts, ep 4", 4, ep=4, moe=TERNARY, balance=ALL_LOSSES),
+    Case("ternary experts, ep 2 x expert shard 2", 4, ep=2, moe=TERNARY, balance=ALL_LOSSES, micro_batches=2),
+    Case("ternary experts, least loaded, ep 4", 4, ep=4, dispatch=SPILL, moe=TERNARY, num_experts=8, starved_rank=True, balance=BIAS),
 ]  # fmt: skip
 
 INTERLEAVED, ZERO_BUBBLE = {"schedule": "interleaved"}, {"schedule": "interleaved_zero_bubble"}
@@ -301,12 +397,28 @@ PIPELINE_TWO = [
     Case("pp 2, zero bubble, tied embeddings", 2, pp=2, **ZERO_BUBBLE, num_layers=4, tied=True, micro_batches=2, balance=EVERYTHING),
     Case("pp 2, zero bubble, a further token", 2, pp=2, **ZERO_BUBBLE, num_layers=4, mtp_layers=1, micro_batches=2, balance=EVERYTHING),
     Case("pp 2, exact counts", 2, pp=2, micro_batches=2, balance=EXACT),
+    Case("pp 2, adjugates", 2, pp=2, micro_batches=2, moe=ADJUGATES, recompute="full", balance=GLOBAL),
     Case("pp 2, full recompute", 2, pp=2, micro_batches=3, recompute="full", balance=EVERYTHING),
     Case("pp 2, chain of 2", 2, pp=2, micro_batches=2, moe=CHAIN, balance=GLOBAL),
     Case("pp 2, chain of 2, one router, selective recompute", 2, pp=2, micro_batches=2, moe=SHARED_CHAIN, recompute="selective", balance=GLOBAL),
     Case("pp 2, expert choice, global batch", 2, pp=2, micro_batches=2, rows=2, kind="expert_choice", router=WHOLE),
     Case("pp 2, carry", 2, pp=2, num_layers=4, micro_batches=3, router=RESIDUAL, balance=EVERYTHING),
+    Case("pp 2, delta experts", 2, pp=2, micro_batches=3, moe=DELTA, balance=EVERYTHING),
+    Case("pp 2, delta experts, zero bubble", 2, pp=2, **ZERO_BUBBLE, num_layers=5, moe=DELTA, micro_batches=4, balance=EVERYTHING),
+    Case("pp 2, ternary experts, zero-bubble V", 2, pp=2, **V, num_layers=5, moe=TERNARY, micro_batches=4, balance=EVERYTHING),
     Case("pp 2, DualPipeV, carry", 2, pp=2, **DUAL, num_layers=4, micro_batches=4, router=RESIDUAL, balance=EVERYTHING),
+]  # fmt: skip
+
+FROZEN_PIPELINE_TWO = [
+    Case("pp 2, nothing learns on the first stage", 2, pp=2, frozen=BELOW, micro_batches=3, balance=EVERYTHING),
+    Case("pp 2, nothing learns on the last stage", 2, pp=2, frozen=["layers.2.*", "norm.*", "head.*"], micro_batches=2),
+    Case("pp 2, all but routers frozen, interleaved", 2, pp=2, **INTERLEAVED, num_layers=5, frozen=ALL_BUT_ROUTERS, micro_batches=4, balance=EVERYTHING),
+    Case("pp 2, frozen layers below, carry, full recompute", 2, pp=2, num_layers=4, frozen=BELOW, router=RESIDUAL, recompute="full", micro_batches=2, balance=EVERYTHING),
+    Case("pp 2, frozen experts, zero bubble", 2, pp=2, **ZERO_BUBBLE, num_layers=5, frozen=EXPERTS, micro_batches=4, balance=EVERYTHING),
+    Case("pp 2, frozen layers below, zero-bubble V", 2, pp=2, **V, num_layers=5, frozen=BELOW, micro_batches=4, balance=EVERYTHING),
+    Case("pp 2, all but routers frozen, DualPipeV", 2, pp=2, **DUAL, num_layers=5, frozen=ALL_BUT_ROUTERS, micro_batches=5, balance=EVERYTHING),
+    Case("pp 2, frozen tied embeddings", 2, pp=2, tied=True, frozen=["embedding.*"], micro_batches=2, balance=EVERYTHING),
+    Case("pp 2, routers first, tied embeddings", 2, pp=2, tied=True, router_only_steps=1, micro_batches=2, balance=EVERYTHING),
 ]  # fmt: skip
 
 PIPELINE_FOUR = [
@@ -368,6 +480,20 @@ BFLOAT16 = [
         balance=GLOBAL,
         rows=2,
     ),
+    Case("bf16, domains", 2, ep=2, dtype="bfloat16", kind="domain", router=DOMAINS, balance=ALL_LOSSES, rows=2),
+    Case(
+        "bf16, offsets, standardized input",
+        2,
+        ep=2,
+        dtype="bfloat16",
+        router=OFFSETS,
+        balance=ALL_LOSSES,
+        rows=2,
+        micro_batches=2,
+    ),
+    Case("bf16, delta experts", 2, ep=2, dtype="bfloat16", moe=DELTA, balance=GLOBAL, rows=2),
+    Case("bf16, ternary experts", 2, ep=2, dtype="bfloat16", moe=TERNARY, balance=GLOBAL, rows=2),
+    Case("bf16, adjugates", 2, ep=2, dtype="bfloat16", moe=ADJUGATES, balance=GLOBAL, rows=2),
     Case("bf16, least loaded", 2, ep=2, dtype="bfloat16", dispatch=SPILL, balance=GLOBAL, rows=2),
     Case(
         "bf16, residual logits, multi-token prediction",
@@ -379,6 +505,7 @@ BFLOAT16 = [
         balance=GLOBAL,
         rows=2,
     ),
+    Case("bf16, frozen experts and attention, ep 2", 2, ep=2, dtype="bfloat16", frozen=[*EXPERTS, "*.attention.*"]),
     Case("bf16, tp 2, ep 2", 2, tp=2, ep=2, dtype="bfloat16", balance=GLOBAL, rows=2),
     Case("bf16, cp 2, ep 2", 2, cp=2, ep=2, dtype="bfloat16", balance=ALL_LOSSES, rows=2),
     Case("bf16, ep 2, full recompute", 2, ep=2, dtype="bfloat16", recompute="full", balance=ALL_LOSSES, rows=2),

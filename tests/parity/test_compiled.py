@@ -62,6 +62,8 @@ CASES = [
     Case("compiled, ep 2", 2, ep=2, micro_batches=2, balance={"global_coefficient": 0.3}, compile="blocks"),
     Case("compiled, sharded, latent attention, tied, full recompute", 2, latent_attention=True, tied=True,
          recompute="full", micro_batches=2, compile="blocks"),
+    Case("compiled, frozen layers below and attention", 2, ep=2, frozen=["embedding.*", "layers.0.*", "*.attention.*"],
+         recompute="full", compile="blocks"),
     Case("compiled, tp 2", 2, tp=2, ep=2, attention={"qk_norm": "head"}, compile="blocks"),
 ]  # fmt: skip
 

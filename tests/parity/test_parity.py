@@ -28,8 +28,8 @@ EXACT = 1e-12
 # order of sums may differ by one rounding, through at most a dozen operations in a row. 16 u bounds their sum.
 BF16 = 16 * 2**-9
 SMALL = ["TWO", "FOUR", "ROUTERS_TWO", "ROUTERS_FOUR", "DISPATCH_TWO", "DISPATCH_FOUR"]
-SMALL += ["SEQUENCES_TWO", "SEQUENCES_FOUR"]
-TABLES = ["ONE", "ROUTERS_ONE", *SMALL, "EIGHT", "SEQUENCES_EIGHT"]
+SMALL += ["SEQUENCES_TWO", "SEQUENCES_FOUR", "FROZEN_TWO", "FORMS_TWO", "FORMS_FOUR"]
+TABLES = ["ONE", "ROUTERS_ONE", *SMALL, "FROZEN_FOUR", "EIGHT", "SEQUENCES_EIGHT"]
 
 
 def run_cases(cases: list[Case], as_one: bool = False) -> list[list[Outcome]]:

@@ -24,7 +24,7 @@ def compare(cases, parity_table, timeout: float = 300.0) -> None:
             check(case, got[index], reference, "processes", parity_table)
 
 
-@pytest.mark.parametrize("rows", ["PIPELINE_TWO", "PIPELINE_FOUR"])
+@pytest.mark.parametrize("rows", ["PIPELINE_TWO", "PIPELINE_FOUR", "FROZEN_PIPELINE_TWO"])
 def test_processes(rows, parity_table):
     """A gradient that is sent to the wrong stage, a stage that forgets its balance losses or the counts of earlier
     micro-batches, a shared weight that only one stage trains, a reduction for every micro-batch."""

@@ -17,6 +17,8 @@ from moe_parallel.convert.lazy import Constant, Lazy
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.initialize import InitConfig, init_part, normal_part
+from moe_parallel.moe.chain import ChainBlock
+from moe_parallel.moe.expert_forms import ExpertForm
 from moe_parallel.moe.routers.token_choice import TokenChoiceConfig
 
 Plan = dict[str, Lazy]
@@ -137,10 +139,16 @@ class Noise(Lazy):
 # -- what several maps need ----------------------------------------------------------------------------------------
 
 
+def moe_networks(target: Architecture) -> list[str]:
+    """What mixture-of-experts layers are called, in order: `layers.3.ffn`, and `mtp.0.ffn` after the decoder's last."""
+    last = target.model.num_layers
+    return [f"layers.{n}.ffn" if n < last else f"mtp.{n - last}.ffn" for n in target.moe_layers]
+
+
 def outside_of_experts(names: Sequence[str], target: Architecture) -> list[str]:
     """Names of the weights that are not within a mixture-of-experts layer."""
-    inside = re.compile(rf"layers\.({'|'.join(map(str, target.moe_layers)) or 'none'})\.ffn\.")
-    return [name for name in names if not inside.match(name)]
+    inside = tuple(f"{network}." for network in moe_networks(target))
+    return [name for name in names if not name.startswith(inside)]
 
 
 def copied(source: Pretrained, target: Architecture) -> Plan:
@@ -149,10 +157,13 @@ def copied(source: Pretrained, target: Architecture) -> Plan:
 
 
 def new_parts(target: Architecture, draw: Draw) -> Plan:
-    """Everything in mixture-of-experts layers but routed and shared experts, drawn: routers, gates, what chains add."""
+    """Everything in mixture-of-experts layers but routed and shared experts, drawn: routers, gates, adjugates, what
+    chains add."""
     names = list(shapes_of(target))
     inside = set(names) - set(outside_of_experts(names, target))
-    return {name: draw(name) for name in names if name in inside and not re.search(r"\.ffn\.(experts|shared)\.", name)}
+    return {
+        name: draw(name) for name in names if name in inside and not re.search(r"\.ffn\.(experts\.\w+$|shared\.)", name)
+    }
 
 
 def experts_name(layer: int, what: str) -> str:
@@ -221,6 +232,12 @@ def weights_sum_to_one(target: Architecture) -> bool:
     return isinstance(router, TokenChoiceConfig) and router.normalize and router.route_scale == 1
 
 
+def passes_once(target: Architecture) -> bool:
+    """Before the first step a layer adds what its experts return to the residual stream, once, as a dense one does."""
+    chain = target.moe.chain
+    return chain.block is ChainBlock.pre_norm and (chain.iterations == 1 or chain.learned_scale)
+
+
 def check_width(option: str, value: int, wanted: int, why: str) -> None:
     """Raises ValueError where a width is not the one that a map needs."""
     if value != wanted:
@@ -229,5 +246,30 @@ def check_width(option: str, value: int, wanted: int, why: str) -> None:
 
 def dense_ffn(source: Mapping[str, Lazy], layer: int) -> tuple[Lazy, Lazy, Lazy]:
     """Gate, up and down of a dense layer: (F, D), (F, D), (D, F)."""
-    prefix = f"layers.{layer}.ffn."
-    return source[f"{prefix}gate.weight"], source[f"{prefix}up.weight"], source[f"{prefix}down.weight"]
+    return dense_network(source, f"layers.{layer}.ffn")
+
+
+def dense_network(source: Mapping[str, Lazy], name: str) -> tuple[Lazy, Lazy, Lazy]:
+    """Gate, up and down of a dense network: (F, D), (F, D), (D, F)."""
+    return source[f"{name}.gate.weight"], source[f"{name}.up.weight"], source[f"{name}.down.weight"]
+
+
+def check_form(target: Architecture, form: ExpertForm = ExpertForm.full) -> None:
+    """Raises ValueError where experts are to have another form than a map makes."""
+    found = target.moe.expert_form
+    if found is not form:
+        other = "" if found is ExpertForm.full else f", or choose init={found.value}"
+        raise ValueError(
+            f"moe.expert_form={found.value} is not what this map makes; set moe.expert_form={form.value}{other}"
+        )
+
+
+def check_from_dense(
+    sources: Sequence[Architecture], target: Architecture, form: ExpertForm = ExpertForm.full
+) -> None:
+    """Raises ValueError unless all sources are dense and differ from the target in experts alone, which have a form."""
+    for number, source in enumerate(sources):
+        check_dense(source, f"init.sources[{number}]")
+    check_form(target, form)
+    # Without dense layers the target has no use for their width.
+    check_same(sources, target, ignore=["model.ffn_dim"] if target.model.first_dense_layers == 0 else [])

@@ -62,6 +62,9 @@ class PluginConfig(RouterConfig):
     def num_weights(self, dim: int, num_experts: int) -> int:
         return self.inner.num_weights(dim, num_experts)
 
+    def num_products(self, dim: int, num_experts: int) -> int:
+        return self.inner.num_products(dim, num_experts)
+
     def carry_width(self, num_experts: int) -> int:
         return self.inner.carry_width(num_experts)
 
@@ -79,6 +82,9 @@ class PluginConfig(RouterConfig):
 
     def check_rounding(self, gains: bool) -> None:
         self.inner.check_rounding(gains)
+
+    def check_learning(self) -> None:
+        self.inner.check_learning()
 
     def check_device(self, device_type: str, dtype: torch.dtype) -> None:
         self.inner.check_device(device_type, dtype)

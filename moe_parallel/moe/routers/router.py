@@ -74,6 +74,10 @@ class RouterConfig:
         """Parameters of one router."""
         return num_experts * dim
 
+    def num_products(self, dim: int, num_experts: int) -> int:
+        """Numbers that one router multiplies every token with: its weights, or what is made of them once for all."""
+        return self.num_weights(dim, num_experts)
+
     def carry_width(self, num_experts: int) -> int:
         """Numbers for each token that a router hands on to the next one, with gradient; 0 for none."""
         return 0
@@ -98,6 +102,9 @@ class RouterConfig:
             "moe.token_rounding needs a router by which each token chooses experts by their scores, such as "
             "router=softmax; set moe.token_rounding=none"
         )
+
+    def check_learning(self) -> None:
+        """Raises ValueError where the weights of this router could not learn; asked unless all are frozen."""
 
     def check_device(self, device_type: str, dtype: torch.dtype) -> None:
         """Raises ValueError where these options cannot run on this kind of device, in this type."""

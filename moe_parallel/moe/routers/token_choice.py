@@ -13,6 +13,9 @@ from moe_parallel.moe.balance import BalanceConfig, Level
 from moe_parallel.moe.routers.router import Routed, Router, RouterConfig, linear_logits
 from moe_parallel.moe.routing import Choice, LayerContext
 
+VARIANCE_EPSILON = 1e-5
+"""Added to the variance of a token's features where they are standardized."""
+
 
 class Score(str, Enum):
     softmax = "softmax"
@@ -26,6 +29,13 @@ class GroupScore(str, Enum):
     """A group is worth its best expert (DeepSeek-V2)."""
     top_sum = "top_sum"
     """A group is worth the sum of its top_k / top_groups best experts (DeepSeek-V3)."""
+
+
+class InputNorm(str, Enum):
+    none = "none"
+    """The layer's input as it is."""
+    standardize = "standardize"
+    """Mean 0 and variance 1 over the features of each token (PHATGOOSE): logits tell directions, not lengths."""
 
 
 class RouterKernel(str, Enum):
@@ -52,6 +62,10 @@ class TokenChoiceConfig(RouterConfig):
     """Training: multiply the router's input by random numbers in 1 - jitter .. 1 + jitter (Switch: 0.01)."""
     random_second: bool = False
     """Training: a token takes its second expert with probability of twice that one's weight (GShard)."""
+    input_norm: InputNorm = InputNorm.none
+    """What the router makes of its input before it scores experts."""
+    logit_offset: bool = False
+    """Add to the logits a learned number for each expert, 0 at the start (GPT-OSS)."""
     logit_residual: bool = False
     """Add to the logits a learned matrix times the logits of the router before (gating residuals of MoE++)."""
     kernel: RouterKernel = RouterKernel.torch
@@ -65,11 +79,6 @@ class TokenChoiceConfig(RouterConfig):
             raise ValueError(
                 f"router.random_second=true needs router.top_k=2, not {self.top_k}, and router.normalize=true: the "
                 "probability is twice the second weight of two that sum to 1"
-            )
-        if self.normalize and self.top_k == 1:
-            raise ValueError(
-                "router.normalize=true with router.top_k=1 makes every weight exactly 1, so that the router gets no "
-                "gradient; set router.normalize=false"
             )
         if not 1 <= self.top_groups <= self.num_groups:
             raise ValueError(f"router.top_groups={self.top_groups} must lie in 1..router.num_groups={self.num_groups}")
@@ -88,6 +97,12 @@ class TokenChoiceConfig(RouterConfig):
         router.residual = None
         return router
 
+    def num_weights(self, dim: int, num_experts: int) -> int:
+        return self.num_products(dim, num_experts) + num_experts * self.logit_offset
+
+    def num_products(self, dim: int, num_experts: int) -> int:
+        return num_experts * dim
+
     def carry_width(self, num_experts: int) -> int:
         return num_experts if self.logit_residual else 0
 
@@ -96,6 +111,13 @@ class TokenChoiceConfig(RouterConfig):
 
     def check_balance(self, balance: BalanceConfig) -> None:
         """Every loss and the bias act on this router."""
+
+    def check_learning(self) -> None:
+        if self.normalize and self.top_k == 1:
+            raise ValueError(
+                "router.normalize=true with router.top_k=1 makes every weight exactly 1, so that the router gets no "
+                "gradient; set router.normalize=false, or freeze the routers: 'optim.frozen=[*.router.*]'"
+            )
 
     def check_device(self, device_type: str, dtype: torch.dtype) -> None:
         if self.kernel is RouterKernel.torch:
@@ -147,7 +169,11 @@ class TokenChoiceRouter(Router):
 
     def __init__(self, dim: int, num_experts: int, config: TokenChoiceConfig, with_bias: bool) -> None:
         super().__init__(dim, num_experts, config)
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, dtype=torch.float32))
+        self.make_rows()
+        self.offset: nn.Parameter | None = None
+        """(E): added to the logits."""
+        if config.logit_offset:
+            self.offset = nn.Parameter(torch.empty(num_experts, dtype=torch.float32))
         self.residual: nn.Parameter | None = None
         """(E, E): from the logits of the router before. The first router has none."""
         if config.logit_residual:
@@ -162,12 +188,26 @@ class TokenChoiceRouter(Router):
                     "router.kernel=torch"
                 )
 
+    def make_rows(self) -> None:
+        """The parameters that `rows` is made of."""
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.dim, dtype=torch.float32))
+
+    def rows(self) -> Tensor:
+        """(E, D): a token's products with these are its logits."""
+        return self.weight
+
     def forward(self, x_TD: Tensor, context: LayerContext) -> Tensor:
         jitter = self.config.input_jitter
         if jitter and context.forward.training:
             factor_TD = 1 + jitter * (2 * context.random("jitter", self.dim) - 1)
             x_TD = x_TD * factor_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-        logit_TE = linear_logits(x_TD, self.weight)
+        row_ED = self.rows()
+        if self.config.input_norm is InputNorm.standardize:
+            logit_TE = standardized_logits(x_TD, row_ED)
+        else:
+            logit_TE = linear_logits(x_TD, row_ED)
+        if self.offset is not None:
+            logit_TE = logit_TE + self.offset.to(logit_TE.dtype)
         if self.residual is None or context.carry is None:
             return logit_TE
         return logit_TE + linear_logits(context.carry, self.residual)
@@ -257,3 +297,13 @@ class TokenChoiceRouter(Router):
         config = self.config
         best: int = 1 if config.group_score is GroupScore.max else config.top_k // config.top_groups
         return best
+
+
+def standardized_logits(x_TD: Tensor, row_ED: Tensor) -> Tensor:
+    """(T, D) with mean 0 and variance 1 over D, x (E, D) -> (T, E), at least float32.
+
+    The mean is taken off the rows, which gives the same products: nothing of the size of the tokens is kept.
+    """
+    x_TD = x_TD.to(torch.promote_types(row_ED.dtype, torch.float32))
+    scale_T1 = (x_TD.var(-1, correction=0, keepdim=True) + VARIANCE_EPSILON).rsqrt()
+    return linear_logits(x_TD, row_ED - row_ED.mean(-1, keepdim=True)) * scale_T1
