@@ -85,8 +85,8 @@ def _expert_problems(config: Config, layout: Layout) -> list[str]:
     for name, width in (("expert_dim", config.moe.expert_dim), ("adjugate_dim", config.moe.adjugate_dim)):
         if layout.ep > 1 and model.dim % parts and width % parts and (name == "expert_dim" or groups):
             problems.append(
-                f"parallel.shard={layout.shard} over parallel.ep={layout.ep} leaves {parts} ranks for each expert, which "
-                f"divide neither model.dim={model.dim} nor moe.{name}={width}; change one of them"
+                f"parallel.shard={layout.shard} over parallel.ep={layout.ep} leaves {parts} ranks for each expert, "
+                f"which divide neither model.dim={model.dim} nor moe.{name}={width}; change one of them"
             )
     if layout.ep > 1 and config.moe.delta_rank is not None:
         for name, (_, *sides) in config.moe.form.shapes(1, model.dim, config.moe.expert_dim).items():

@@ -6,16 +6,18 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_data.prepare import bpe_trainer
+from moe_data.tokenizers import Tokenizer, TokenizerConfig, TokenizerKind, build_tokenizer
 from moe_parallel.checkpoint import folder as folders
 from moe_parallel.convert.checkpoint_source import MOMENTS, steps_of_optimizer, weights_of_checkpoint
+from moe_parallel.convert.function import differences
 from moe_parallel.convert.huggingface.folder import is_model, open_model
-from moe_parallel.convert.huggingface.function import differences
 from moe_parallel.convert.lazy import Constant, Lazy
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
 from moe_parallel.convert.upcycle.map import OptimizerState, Plan, UpcycleConfig, drawn, make_plan
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.initialize import FreshConfig, InitConfig
-from moe_parallel.options import ConfigError, architecture_of
+from moe_parallel.options import ConfigError, architecture_of, load_config
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,17 @@ def open_pretrained(option: str, value: str) -> Pretrained:
     near = sorted(path.glob("**/step_*/meta.json"))
     hint = f"did you mean {near[-1].parent}?" if near else "give a run folder, its step_00001000, or a model's folder"
     raise ConfigError([f"{option}={value} is not a checkpoint; {hint}"])
+
+
+def tokenizer_of(path: Path) -> Tokenizer:
+    """Of a checkpoint, whose run says it, or of a model's folder. Raises ValueError if there is none."""
+    for folder in (path, *path.parents[:2]):
+        if (folder / "config.yaml").is_file():
+            config = load_config(folder / "config.yaml")
+            return build_tokenizer(config.tokenizer, bpe_trainer(config.data.sources, config.data.cache_dir))
+    if (path / "tokenizer.json").is_file():
+        return build_tokenizer(TokenizerConfig(kind=TokenizerKind.file, path=str(path)))
+    raise ValueError(f"{path} has no tokenizer: neither a tokenizer.json, nor a config.yaml of the run that it is of")
 
 
 def open_sources(config: UpcycleConfig) -> list[Pretrained]:

@@ -21,9 +21,8 @@ import torch
 from moe_data.batch import TokenBatch
 from moe_data.embedded import check_domain
 from moe_data.loader import DataConfig, TrainingData, embedded_sources
-from moe_data.prepare import bpe_trainer
 from moe_data.sources import SourceConfig, SourceKind
-from moe_data.tokenizers import Tokenizer, TokenizerConfig, TokenizerKind, build_tokenizer
+from moe_data.tokenizers import Tokenizer
 from moe_parallel.checkpoint.folder import CheckpointError
 from moe_parallel.convert.fill import build_model
 from moe_parallel.convert.pretrained import Pretrained
@@ -31,8 +30,7 @@ from moe_parallel.convert.upcycle import calibration
 from moe_parallel.convert.upcycle.calibration import Calibration, Method
 from moe_parallel.convert.upcycle.map import check_dense, check_same
 from moe_parallel.model.transformer import Transformer
-from moe_parallel.options import load_config
-from moe_parallel.start import open_pretrained
+from moe_parallel.start import open_pretrained, tokenizer_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,7 +71,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     sources = [open_pretrained("--sources", value) for value in arguments.sources]
     texts = [text_source(text) for text in arguments.text]
     check_sources(arguments.method, sources, texts)
-    tokenizer = same_tokenizer(sources, arguments.cache_dir)
+    tokenizer = same_tokenizer(sources)
     vocabulary = sources[0].architecture.vocab_size
     read = [Text(arguments, text, tokenizer, vocabulary) for text in texts]
     tensors = METHODS[arguments.method](arguments, sources, read)
@@ -173,9 +171,9 @@ def check_sources(method: Method, sources: list[Pretrained], texts: list[SourceC
     check_same([source.architecture for source in sources[1:]], sources[0].architecture)
 
 
-def same_tokenizer(sources: list[Pretrained], cache_dir: str) -> Tokenizer:
+def same_tokenizer(sources: list[Pretrained]) -> Tokenizer:
     """Of all sources. Raises ValueError if they have different ones, or none that can be found."""
-    found = [tokenizer_of(source.path, cache_dir) for source in sources]
+    found = [tokenizer_of(source.path) for source in sources]
     for source, tokenizer in zip(sources, found):
         if tokenizer.fingerprint != found[0].fingerprint:
             raise ValueError(
@@ -183,17 +181,6 @@ def same_tokenizer(sources: list[Pretrained], cache_dir: str) -> Tokenizer:
                 "only models of the same one can be merged"
             )
     return found[0]
-
-
-def tokenizer_of(path: Path, cache_dir: str) -> Tokenizer:
-    """Of a checkpoint, whose run says it, or of a model's folder."""
-    for folder in (path, *path.parents[:2]):
-        if (folder / "config.yaml").is_file():
-            config = load_config(folder / "config.yaml")
-            return build_tokenizer(config.tokenizer, bpe_trainer(config.data.sources, cache_dir))
-    if (path / "tokenizer.json").is_file():
-        return build_tokenizer(TokenizerConfig(kind=TokenizerKind.file, path=str(path)))
-    raise ValueError(f"{path} has no tokenizer: neither a tokenizer.json, nor a config.yaml of the run that it is of")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,11 @@ from pathlib import Path
 
 import torch
 
-from moe_data.prepare import bpe_trainer
-from moe_data.tokenizers import Tokenizer, TokenizerConfig, TokenizerKind, build_tokenizer
 from moe_parallel.checkpoint.folder import CheckpointError
 from moe_parallel.convert.fill import build_model
 from moe_parallel.convert.usage import measure_usage, save_usage
 from moe_parallel.convert.verify import batches_of_text
-from moe_parallel.options import load_config
-from moe_parallel.start import open_pretrained
+from moe_parallel.start import open_pretrained, tokenizer_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,15 +63,6 @@ def count(given: argparse.Namespace) -> None:
             f"layer {layer}: least used {share_E.min():.2f} %, most used {share_E.max():.2f} % of {count_E.sum():.0f}"
         )
     print(given.to)
-
-
-def tokenizer_of(path: Path) -> Tokenizer:
-    """Of a checkpoint, whose run says it, or of a model's folder."""
-    for folder in (path, *path.parents[:2]):
-        if (folder / "config.yaml").is_file():
-            config = load_config(folder / "config.yaml")
-            return build_tokenizer(config.tokenizer, bpe_trainer(config.data.sources, config.data.cache_dir))
-    return build_tokenizer(TokenizerConfig(kind=TokenizerKind.file, path=str(path)))
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ class DeepSpeedConfig(EngineConfig):
                 )
         if setting.architecture.num_moe_layers and setting.architecture.moe.adjugate_groups > 0:
             problems.append(
-                f"moe.adjugate_groups={setting.architecture.moe.adjugate_groups}: DeepSpeed's checkpoints know one bank "
-                "of experts for each layer; set moe.adjugate_groups=0, or engine=native"
+                f"moe.adjugate_groups={setting.architecture.moe.adjugate_groups}: DeepSpeed's checkpoints know one "
+                "bank of experts for each layer; set moe.adjugate_groups=0, or engine=native"
             )
         if parallel.shard is not None:
             problems.append(

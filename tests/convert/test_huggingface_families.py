@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import transformers
 
+from moe_parallel.convert.function import differences, function_of
 from moe_parallel.convert.huggingface.classes import FAMILIES
 from moe_parallel.convert.huggingface.families import architecture_of_config, config_of_architecture
-from moe_parallel.convert.huggingface.function import differences, function_of
 from moe_parallel.convert.huggingface.weights import FLOAT32, export_weights, import_weights
 from moe_parallel.convert.lazy import Constant
 from moe_parallel.convert.pretrained import shapes_of

@@ -36,7 +36,8 @@ def by_definition(layer: MoELayer, x_TD: Tensor) -> Tensor:
     """Each token's sum over its experts of weight * (expert + scale * adjugate of its group), nothing merged."""
     routed = layer.router.route(layer.router(x_TD, context(len(x_TD))), context(len(x_TD)))
     size = layer.config.num_experts // layer.config.adjugate_groups
-    assert layer.shared is not None and layer.experts.adjugates is not None
+    assert layer.shared is not None
+    assert layer.experts.adjugates is not None
 
     def network(bank: Any, index: int, x: Tensor) -> Tensor:
         gate, up = (bank.gate_up[index] @ x).chunk(2)

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moe_parallel.convert.function import differences
 from moe_parallel.convert.huggingface.classes import FAMILIES
-from moe_parallel.convert.huggingface.function import differences
 from moe_parallel.convert.huggingface.keys import Keys, refuse, shown
 from moe_parallel.convert.huggingface.rope import write_rope
 from moe_parallel.model.architecture import Architecture, ModelConfig

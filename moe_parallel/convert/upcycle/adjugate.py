@@ -11,7 +11,7 @@ from moe_parallel.convert.upcycle.between import (
     check_has_experts,
     check_nothing_is_lost,
     check_same_experts,
-    evaluated,
+    same_routing,
 )
 from moe_parallel.convert.upcycle.map import Draw, Plan, Preserves, UpcycleConfig
 from moe_parallel.model.architecture import Architecture
@@ -33,8 +33,7 @@ class AdjugateStartConfig(UpcycleConfig):
         check_same_experts(source, target, ["adjugate_groups", "adjugate_dim", "adjugate_scale"])
 
     def preserves(self, sources: Sequence[Architecture], target: Architecture) -> Preserves:
-        same = evaluated(sources[0].router) == evaluated(target.router)
-        return Preserves.exact if same else Preserves.approximate
+        return Preserves.exact if same_routing(sources[0], target) else Preserves.approximate
 
     def plan(self, sources: Sequence[Pretrained], target: Architecture, draw: Draw, seed: int) -> Plan:
         theirs, names = sources[0].weights, shapes_of(target)

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
+from moe_parallel.convert.function import differences, function_of
 from moe_parallel.convert.lazy import Lazy, expert_of, rows_of
 from moe_parallel.convert.upcycle.map import check_one_source, check_same
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.moe.expert_forms import ExpertForm
-from moe_parallel.moe.routers.router import RouterConfig
 
-_NOT_OF_THE_FUNCTION = (
-    "capacity_factor", "drop_order", "renormalize_after_drop", "token_rounding", "token_rounding_tile", "expert_kernel",
-    "kernel_table",
-)  # fmt: skip
-"""Options of `moe` that may always differ: how fast it is, and what only happens in training."""
-_ONLY_IN_TRAINING = ("input_jitter", "random_second", "kernel")
-"""The same of `router`."""
 Network = tuple[Lazy, Lazy, Lazy]
 """Gate, up and down of a SwiGLU network: (F, D), (F, D), (D, F)."""
 
@@ -32,22 +24,18 @@ def check_has_experts(sources: Sequence[Architecture], kind: str) -> Architectur
 
 def check_same_experts(source: Architecture, target: Architecture, ignore: Sequence[str]) -> None:
     """Raises ValueError where two models differ in more than the options of `moe` that `ignore` names."""
-    # Without dense layers nobody has a use for their width.
-    check_same([source], target, ignore=["model.ffn_dim"] if target.model.first_dense_layers == 0 else [])
-    ours, theirs = target.model.first_dense_layers, source.model.first_dense_layers
-    if ours != theirs:
-        raise ValueError(f"model.first_dense_layers={ours} must be {theirs}, as in init.sources[0]")
+    check_same([source], target)
     if type(source.router) is not type(target.router):
         raise ValueError(
             f"the router is {type(target.router).__name__} here, {type(source.router).__name__} in init.sources[0]; "
             "choose router as the source has it"
         )
-    here, there = dataclasses.asdict(target.moe), dataclasses.asdict(source.moe)
-    for name in sorted(here.keys() - set(_NOT_OF_THE_FUNCTION) - set(ignore)):
-        if here[name] != there[name]:
-            raise ValueError(
-                f"moe.{name}={here[name]} here, {there[name]} in init.sources[0]; set it as the source has it"
-            )
+    here, there = function_of(target), function_of(source)
+    may_differ = tuple(f"moe.{name}" for name in ignore)
+    for name in here.keys() | there.keys():
+        compared = name == "model.first_dense_layers" or (name.startswith("moe.") and not name.startswith(may_differ))
+        if compared and here[name] != there[name]:
+            raise ValueError(f"{name}={here[name]} here, {there[name]} in init.sources[0]; set it as the source has it")
 
 
 def check_nothing_is_lost(theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:
@@ -73,10 +61,10 @@ def check_matrices(shape: Architecture, kind: str, where: str = "init.sources[0]
         )
 
 
-def evaluated(router: RouterConfig, ignore: Sequence[str] = ()) -> dict[str, object]:
-    """Options of a router that act in evaluation."""
-    left_out = {*_ONLY_IN_TRAINING, *ignore}
-    return {name: value for name, value in dataclasses.asdict(router).items() if name not in left_out}
+def same_routing(one: Architecture, other: Architecture, ignore: Sequence[str] = ()) -> bool:
+    """Options of their routers that act in evaluation are the same, but for those that `ignore` names."""
+    left_out = [f"router.{name}" for name in ignore]
+    return not [name for name in differences(one, other) if name.startswith("router") and name not in left_out]
 
 
 def network_of(weights: Mapping[str, Lazy], network: str, expert: int) -> Network:

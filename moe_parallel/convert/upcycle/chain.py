@@ -10,7 +10,7 @@ from enum import Enum
 from pydantic.dataclasses import dataclass
 
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
-from moe_parallel.convert.upcycle.between import check_has_experts, check_same_experts, evaluated
+from moe_parallel.convert.upcycle.between import check_has_experts, check_same_experts, same_routing
 from moe_parallel.convert.upcycle.map import Draw, Plan, Preserves, UpcycleConfig
 from moe_parallel.model.architecture import Architecture
 
@@ -52,7 +52,7 @@ class ChainStartConfig(UpcycleConfig):
         exact = chain.learned_scale and chain.block is source.moe.chain.block
         # What is handed to the router of the next layer would come from the last iteration.
         exact = exact and router.carry_width(target.moe.num_experts) == 0
-        return Preserves.exact if exact and evaluated(router) == evaluated(source.router) else Preserves.approximate
+        return Preserves.exact if exact and same_routing(target, source) else Preserves.approximate
 
     def plan(self, sources: Sequence[Pretrained], target: Architecture, draw: Draw, seed: int) -> Plan:
         theirs, plan = sources[0].weights, {}

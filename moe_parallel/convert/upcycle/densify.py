@@ -67,7 +67,7 @@ class DensifyConfig(UpcycleConfig):
                 f"model.first_dense_layers={target.model.first_dense_layers} leaves layers with experts, but init="
                 f"densify makes all dense; set it to model.num_layers={target.model.num_layers}"
             )
-        check_same(sources, target, ignore=["model.ffn_dim"] if source.model.first_dense_layers == 0 else [])
+        check_same(sources, target)
         _check_plain(source)
         self._check_width(source, target)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_kernels.hashing import hash_key
 from moe_parallel.checkpoint.pieces import Box
+from moe_parallel.convert.function import function_of
 from moe_parallel.convert.lazy import Constant, Lazy
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
 from moe_parallel.model.architecture import Architecture
@@ -166,11 +167,6 @@ def new_parts(target: Architecture, draw: Draw) -> Plan:
     }
 
 
-def experts_name(layer: int, what: str) -> str:
-    """Of the stacked weights of a layer's routed experts; `what` is gate_up or down."""
-    return f"layers.{layer}.ffn.experts.{what}"
-
-
 def check_one_source(sources: Sequence[Architecture], name: str) -> Architecture:
     """The only source. Raises ValueError if there are more or none."""
     if len(sources) != 1:
@@ -187,42 +183,26 @@ def check_dense(source: Architecture, what: str = "init.sources") -> None:
         )
 
 
-def check_same(sources: Sequence[Architecture], target: Architecture, ignore: Sequence[str] = ()) -> None:
+def check_same(sources: Sequence[Architecture], target: Architecture) -> None:
     """Raises ValueError where sources and target differ in what maps of experts leave as it is: width, depth,
-    attention, vocabulary, norms.
-
-    Args:
-        ignore: options that may differ, beside those of experts, routers and balance.
-    """
-    may_differ = {"model.first_dense_layers", "model.mtp_coefficient", "model.max_sequence_tokens", *ignore}
-    may_differ |= {"attention.core"}
-    ours = _options(target)
+    attention, vocabulary, norms, and dense layers where both have some."""
+    ours = _outside(target)
     problems = []
     for number, source in enumerate(sources):
-        theirs = _options(source)
+        theirs = _outside(source)
         problems += [
-            f"{name}={ours.get(name)} here, {theirs.get(name)} in init.sources[{number}]"
-            for name in sorted(ours.keys() | theirs.keys())
-            if name not in may_differ and ours.get(name) != theirs.get(name)
+            f"{name}={ours[name]} here, {theirs[name]} in init.sources[{number}]"
+            for name in ours
+            if name in theirs and ours[name] != theirs[name]
         ]
     if problems:
         raise ValueError(f"the models differ: {'; '.join(problems)}; set these options as the sources have them")
 
 
-def _options(architecture: Architecture) -> dict[str, object]:
-    """Options outside of experts, by name, in their effect: defaults that stand for another option are resolved."""
-    found: dict[str, object] = {"vocab_size": architecture.vocab_size}
-    for section in ("model", "attention"):
-        for name, value in dataclasses.asdict(getattr(architecture, section)).items():
-            found[f"{section}.{name}"] = value
-    found.pop("model.vocab_size")
-    attention = architecture.attention
-    for name in ("key_heads", "head_width"):
-        if hasattr(attention, name):
-            value = getattr(attention, name)
-            found[f"attention.{'num_kv_heads' if name == 'key_heads' else 'head_dim'}"] = (
-                value(architecture.model.dim) if callable(value) else value
-            )
+def _outside(architecture: Architecture) -> dict[str, object]:
+    kinds = ("model.", "attention", "vocab_size")
+    found = {name: value for name, value in function_of(architecture).items() if name.startswith(kinds)}
+    del found["model.first_dense_layers"]
     return found
 
 
@@ -244,11 +224,6 @@ def check_width(option: str, value: int, wanted: int, why: str) -> None:
         raise ValueError(f"{option}={value} must be {wanted}: {why}")
 
 
-def dense_ffn(source: Mapping[str, Lazy], layer: int) -> tuple[Lazy, Lazy, Lazy]:
-    """Gate, up and down of a dense layer: (F, D), (F, D), (D, F)."""
-    return dense_network(source, f"layers.{layer}.ffn")
-
-
 def dense_network(source: Mapping[str, Lazy], name: str) -> tuple[Lazy, Lazy, Lazy]:
     """Gate, up and down of a dense network: (F, D), (F, D), (D, F)."""
     return source[f"{name}.gate.weight"], source[f"{name}.up.weight"], source[f"{name}.down.weight"]
@@ -264,12 +239,9 @@ def check_form(target: Architecture, form: ExpertForm = ExpertForm.full) -> None
         )
 
 
-def check_from_dense(
-    sources: Sequence[Architecture], target: Architecture, form: ExpertForm = ExpertForm.full
-) -> None:
+def check_from_dense(sources: Sequence[Architecture], target: Architecture, form: ExpertForm = ExpertForm.full) -> None:
     """Raises ValueError unless all sources are dense and differ from the target in experts alone, which have a form."""
     for number, source in enumerate(sources):
         check_dense(source, f"init.sources[{number}]")
     check_form(target, form)
-    # Without dense layers the target has no use for their width.
-    check_same(sources, target, ignore=["model.ffn_dim"] if target.model.first_dense_layers == 0 else [])
+    check_same(sources, target)

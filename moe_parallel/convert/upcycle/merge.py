@@ -8,11 +8,13 @@ shared expert.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from moe_parallel.checkpoint.pieces import Box
 from moe_parallel.convert.lazy import Given, Joined, Lazy, Stacked, Sum
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
 from moe_parallel.convert.upcycle.calibration import Calibration, Method, load_calibration
@@ -24,10 +26,11 @@ from moe_parallel.convert.upcycle.map import (
     check_dense,
     check_same,
     check_width,
-    dense_ffn,
-    experts_name,
+    dense_network,
+    moe_networks,
     new_parts,
     outside_of_experts,
+    passes_once,
     weights_sum_to_one,
 )
 from moe_parallel.model.architecture import Architecture
@@ -85,7 +88,7 @@ class MergeConfig(UpcycleConfig):
         for place, source in enumerate(sources):
             check_dense(source, f"init.sources[{place}]")
             check_width("moe.expert_dim", moe.expert_dim, source.model.ffn_dim, "each expert is a whole dense network")
-        check_same(sources, target, ignore=["model.ffn_dim"] if target.model.first_dense_layers == 0 else [])
+        check_same(sources, target)
         check_width("model.mtp_layers", target.model.mtp_layers, 0, "multi-token prediction is not merged")
         routed = number - (shared is not None)
         check_width("moe.num_experts", moe.num_experts, routed, "each source is one expert")
@@ -99,30 +102,55 @@ class MergeConfig(UpcycleConfig):
     def preserves(self, sources: Sequence[Architecture], target: Architecture) -> Preserves:
         """Models that were trained apart need have nothing in common: their average may know nothing."""
         same = len(set(self.sources)) == 1 and self.shared_source is None
-        exact = same and weights_sum_to_one(target) and target.moe.chain.iterations == 1
+        exact = same and weights_sum_to_one(target) and passes_once(target)
         return Preserves.exact if exact else Preserves.none
 
     def plan(self, sources: Sequence[Pretrained], target: Architecture, draw: Draw, seed: int) -> Plan:
+        sources = numbered(sources)
         mix = [1 / len(sources)] * len(sources) if self.mix is None else self.mix
         routed = [source for place, source in enumerate(sources) if place != self.shared_source]
         plan = new_parts(target, draw)
         for name in outside_of_experts(list(shapes_of(target)), target):
             plan[name] = Sum([source.weights[name] for source in sources], mix)
-        for layer in target.moe_layers:
-            for what, parts in _networks(routed, layer).items():
-                plan[experts_name(layer, what)] = Stacked(parts)
+        for network in moe_networks(target):
+            for what, parts in _networks(routed, network).items():
+                plan[f"{network}.experts.{what}"] = Stacked(parts)
             if self.shared_source is not None:
-                for what, (network,) in _networks([sources[self.shared_source]], layer).items():
-                    plan[f"layers.{layer}.ffn.shared.{what}.weight"] = network
+                for what, (shared,) in _networks([sources[self.shared_source]], network).items():
+                    plan[f"{network}.shared.{what}.weight"] = shared
         if self.calibration is not None:
             calibration = load_calibration(self.calibration, Method(self.router.value))
             plan |= _calibrated_routers(calibration, self.calibration, target)
         return plan
 
 
-def _networks(sources: Sequence[Pretrained], layer: int) -> dict[str, list[Lazy]]:
+class Numbered(Lazy):
+    """A tensor of one of several models, whose names are the same: a plan tells it by its place in init.sources."""
+
+    def __init__(self, inner: Lazy, place: int) -> None:
+        self.inner, self.place, self.shape, self.dtype = inner, place, inner.shape, inner.dtype
+
+    def read(self, box: Box) -> Tensor:
+        return self.inner.read(box)
+
+    def moment(self, order: int) -> Lazy:
+        return Numbered(self.inner.moment(order), self.place)
+
+    def __str__(self) -> str:
+        return f"{self.place}:{self.inner}"
+
+
+def numbered(sources: Sequence[Pretrained]) -> list[Pretrained]:
+    """The same models, with weights that say which of them they are of."""
+    return [
+        replace(source, weights={name: Numbered(lazy, place) for name, lazy in source.weights.items()})
+        for place, source in enumerate(sources)
+    ]
+
+
+def _networks(sources: Sequence[Pretrained], network: str) -> dict[str, list[Lazy]]:
     """The networks of a layer as experts have them: gate and up in one."""
-    parts = [dense_ffn(source.weights, layer) for source in sources]
+    parts = [dense_network(source.weights, network) for source in sources]
     return {"gate_up": [Joined([gate, up]) for gate, up, _ in parts], "down": [down for _, _, down in parts]}
 
 

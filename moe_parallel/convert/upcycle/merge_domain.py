@@ -18,11 +18,11 @@ from moe_parallel.convert.upcycle.map import (
     check_dense,
     check_same,
     check_width,
-    dense_ffn,
-    experts_name,
+    dense_network,
+    moe_networks,
     outside_of_experts,
 )
-from moe_parallel.convert.upcycle.merge import fitting
+from moe_parallel.convert.upcycle.merge import fitting, numbered
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.moe.routers.domain import DomainConfig
 
@@ -59,7 +59,7 @@ class AddDomainConfig(UpcycleConfig):
             )
         if old.router.logit_residual or target.router.logit_residual:
             raise ValueError("router.logit_residual=true has a matrix of all pairs of experts; set it to false")
-        check_same(sources, target, ignore=["model.ffn_dim"] if target.model.first_dense_layers == 0 else [])
+        check_same(sources, target)
         check_width("model.mtp_layers", target.model.mtp_layers, 0, "multi-token prediction is not merged")
         check_width("moe.num_experts", target.moe.num_experts, old.moe.num_experts + 1, "one expert is added")
         check_width("moe.expert_dim", target.moe.expert_dim, new.model.ffn_dim, "the new expert is a dense network")
@@ -72,7 +72,7 @@ class AddDomainConfig(UpcycleConfig):
         return Preserves.approximate
 
     def plan(self, sources: Sequence[Pretrained], target: Architecture, draw: Draw, seed: int) -> Plan:
-        old, new = (source.weights for source in sources)
+        old, new = (source.weights for source in numbered(sources))
         shapes = shapes_of(target)
         share = 1 / target.moe.num_experts if self.new_share is None else self.new_share
         outside = outside_of_experts(list(shapes), target)
@@ -89,11 +89,11 @@ class AddDomainConfig(UpcycleConfig):
                 plan[name] = Joined([old[name], Constant((1,))])
             else:
                 plan[name] = old[name]
-        for layer in target.moe_layers:
-            gate, up, down = dense_ffn(new, layer)
-            for what, network in (("gate_up", Joined([gate, up])), ("down", down)):
-                name = experts_name(layer, what)
-                plan[name] = Joined([old[name], Stacked([network])])
+        for network in moe_networks(target):
+            gate, up, down = dense_network(new, network)
+            for what, weight in (("gate_up", Joined([gate, up])), ("down", down)):
+                name = f"{network}.experts.{what}"
+                plan[name] = Joined([old[name], Stacked([weight])])
         return plan
 
 

@@ -19,8 +19,8 @@ from moe_parallel.convert.upcycle.between import (
     check_matrices,
     check_nothing_is_lost,
     check_same_experts,
-    evaluated,
     network_of,
+    same_routing,
 )
 from moe_parallel.convert.upcycle.map import (
     Draw,
@@ -101,8 +101,9 @@ class ResizeConfig(UpcycleConfig):
         # What the copies of an expert weigh together: sigmoids do not share.
         gain = times if ours.score is Score.sigmoid and not ours.normalize else 1
         exact = exact and ours.route_scale * gain == theirs.route_scale
-        ignore = ("top_k", "route_scale")
-        exact = exact and evaluated(ours, ignore) == evaluated(theirs, ignore)
+        # A group's best copies are those of its best experts: it is worth `times` as much, like all others.
+        exact = exact and ours.group_score is theirs.group_score
+        exact = exact and same_routing(source, target, ignore=("top_k", "route_scale", "group_score"))
         return Preserves.exact if exact else Preserves.approximate
 
     def plan(self, sources: Sequence[Pretrained], target: Architecture, draw: Draw, seed: int) -> Plan:

@@ -14,14 +14,14 @@ from moe_parallel.convert.upcycle.map import (
     Plan,
     Preserves,
     UpcycleConfig,
-    check_dense,
+    check_from_dense,
     check_one_source,
-    check_same,
     check_width,
     copied,
-    dense_ffn,
-    experts_name,
+    dense_network,
+    moe_networks,
     new_parts,
+    passes_once,
     weights_sum_to_one,
 )
 from moe_parallel.model.architecture import Architecture
@@ -38,23 +38,21 @@ class SparseConfig(UpcycleConfig):
             raise ValueError(f"init.copy_noise={self.copy_noise} must not be negative; 0 leaves the copies equal")
 
     def check(self, sources: Sequence[Architecture], target: Architecture) -> None:
-        source = check_one_source(sources, "upcycle")
-        check_dense(source)
-        check_same(sources, target, ignore=["model.ffn_dim"] if target.model.first_dense_layers == 0 else [])
-        moe = target.moe
+        source, moe = check_one_source(sources, "upcycle"), target.moe
+        check_from_dense(sources, target)
         check_width("moe.expert_dim", moe.expert_dim, source.model.ffn_dim, "each expert is a whole dense network")
         check_width("moe.num_shared_experts", moe.num_shared_experts, 0, "the copies would be added to a shared one")
 
     def preserves(self, sources: Sequence[Architecture], target: Architecture) -> Preserves:
-        exact = weights_sum_to_one(target) and self.copy_noise == 0 and target.moe.chain.iterations == 1
+        exact = weights_sum_to_one(target) and passes_once(target) and self.copy_noise == 0
         return Preserves.exact if exact else Preserves.approximate
 
     def plan(self, sources: Sequence[Pretrained], target: Architecture, draw: Draw, seed: int) -> Plan:
         plan = copied(sources[0], target) | new_parts(target, draw)
-        for layer in target.moe_layers:
-            gate, up, down = dense_ffn(sources[0].weights, layer)
+        for network in moe_networks(target):
+            gate, up, down = dense_network(sources[0].weights, network)
             for what, weight in (("gate_up", Joined([gate, up])), ("down", down)):
-                name = experts_name(layer, what)
+                name = f"{network}.experts.{what}"
                 plan[name] = Stacked([self._copy(weight, seed, name, e) for e in range(target.moe.num_experts)])
         return plan
 

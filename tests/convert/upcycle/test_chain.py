@@ -130,7 +130,7 @@ def test_what_acts_in_training_only_may_differ() -> None:
         (PLAIN, replace(chain_of(PLAIN), router=ExpertChoiceConfig(top_k=3)), "router is ExpertChoiceConfig here"),
         (
             PLAIN, chain_of(replace(PLAIN, model=replace(PLAIN.model, first_dense_layers=2))),
-            "model.first_dense_layers=2 must be 1",
+            "model.first_dense_layers=2 here, 1 in",
         ),
         (PLAIN, chain_of(PLAIN, own_routers=False), "init.later_routers=copied with moe.chain.own_routers=false"),
     ],

@@ -85,6 +85,9 @@ def test_weights_come_from_where_the_plan_says() -> None:
         wanted = sum(share * whole(source.weights[name]).double() for share, source in zip(mix, SOURCES))
         # The last bit of a float64 sum may turn a rounding to float32: one unit in the last place.
         torch.testing.assert_close(whole(plan[name]), wanted.float(), rtol=2e-7, atol=0)
+    assert str(plan["layers.2.ffn.experts.down"]) == "stack({})".format(
+        ", ".join(f"{place}:layers.2.ffn.down.weight" for place in range(3))
+    )
     for expert, source in enumerate(SOURCES):
         parts = [whole(source.weights[f"layers.2.ffn.{what}.weight"]) for what in _NAMES]
         assert torch.equal(whole(plan["layers.2.ffn.experts.gate_up"])[expert], torch.cat(parts[:2]))

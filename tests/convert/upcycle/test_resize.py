@@ -219,7 +219,7 @@ def test_usage_is_counted(tmp_path) -> None:
         (ResizeConfig(), with_experts(4, 24, 2), "moe.num_experts=4 is what init.sources.0. has"),
         (ResizeConfig(), with_experts(8, 12, 2), "moe.expert_dim=12 here, 24 in init.sources.0."),
         (ResizeConfig(), with_experts(8, 24, 2, num_shared_experts=1), "moe.num_shared_experts=1 here, 0 in"),
-        (ResizeConfig(), with_experts(8, 24, 2, first_dense_layers=0), "model.first_dense_layers=0 must be 1"),
+        (ResizeConfig(), with_experts(8, 24, 2, first_dense_layers=0), "model.first_dense_layers=0 here, 1 in"),
         (ResizeConfig(), with_experts(8, 24, 2, router_logit_residual=True), "without router.logit_residual"),
         (ResizeConfig(), with_experts(8, 24, 2, adjugate_groups=2), "moe.adjugate_groups=2 here, 0 in"),
         (ResizeConfig(align_neurons=False), with_experts(8, 24, 2), "init.align_neurons=false does nothing for more"),

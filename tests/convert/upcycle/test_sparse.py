@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from moe_parallel.convert.upcycle.map import Preserves, make_plan
 from moe_parallel.convert.upcycle.sparse import SparseConfig
+from moe_parallel.moe.chain import ChainBlock, ChainConfig
 from tests.convert.models import DENSE, SEED, logits, pretrained, relative, with_experts
+from tests.convert.upcycle.networks import losses
 
 
 @pytest.mark.parametrize("first_dense_layers", [0, 1])
@@ -21,6 +26,31 @@ def test_same_function(first_dense_layers: int) -> None:
     assert config.preserves([source.architecture], target) is Preserves.exact
     plan = make_plan(config, [source], target, SEED)
     assert relative(logits(target, plan), logits(DENSE, source.weights)) < 1e-13
+
+
+def test_losses_of_multi_token_prediction() -> None:
+    """Would catch: experts of these layers that are left out, or taken from a layer of the decoder."""
+    shape, target = DENSE, with_experts(4, 48, 3)
+    shape, target = (replace(one, model=replace(one.model, mtp_layers=2)) for one in (shape, target))
+    source = pretrained(shape)
+    plan = make_plan(SparseConfig(), [source], target, SEED)
+    torch.testing.assert_close(losses(target, plan), losses(shape, source.weights), rtol=1e-12, atol=0)
+
+
+def test_chains() -> None:
+    """Would catch: a promise that later passes of a chain break, or one that is not given although they are silent."""
+    source = pretrained()
+    for learned, block, promise in (
+        (True, ChainBlock.pre_norm, Preserves.exact),
+        (False, ChainBlock.pre_norm, Preserves.approximate),
+        (True, ChainBlock.reference, Preserves.approximate),
+    ):
+        chain = ChainConfig(iterations=2, learned_scale=learned, block=block)
+        target = with_experts(4, 48, 3, chain=chain)
+        assert SparseConfig().preserves([source.architecture], target) is promise
+        plan = make_plan(SparseConfig(), [source], target, SEED)
+        off = relative(logits(target, plan), logits(DENSE, source.weights))
+        assert off < 1e-13 if promise is Preserves.exact else off > 1e-3
 
 
 def test_other_functions_are_not_called_exact() -> None:
