@@ -32,10 +32,11 @@ def check_same_experts(source: Architecture, target: Architecture, ignore: Seque
         )
     here, there = function_of(target), function_of(source)
     may_differ = tuple(f"moe.{name}" for name in ignore)
-    for name in here.keys() | there.keys():
+    for name in dict.fromkeys((*here, *there)):
         compared = name == "model.first_dense_layers" or (name.startswith("moe.") and not name.startswith(may_differ))
-        if compared and here[name] != there[name]:
-            raise ValueError(f"{name}={here[name]} here, {there[name]} in init.sources[0]; set it as the source has it")
+        ours, theirs = here.get(name), there.get(name)
+        if compared and ours != theirs:
+            raise ValueError(f"{name}={ours} here, {theirs} in init.sources[0]; set it as the source has it")
 
 
 def check_nothing_is_lost(theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:

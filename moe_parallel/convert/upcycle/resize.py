@@ -97,6 +97,7 @@ class ResizeConfig(UpcycleConfig):
         source, ours, theirs = sources[0], target.router, sources[0].router
         times, rest = divmod(target.moe.num_experts, source.moe.num_experts)
         assert isinstance(ours, TokenChoiceConfig)
+        assert isinstance(theirs, TokenChoiceConfig)
         exact = rest == 0 and ours.top_k == times * theirs.top_k and self.copy_noise == self.router_noise == 0
         # What the copies of an expert weigh together: sigmoids do not share.
         gain = times if ours.score is Score.sigmoid and not ours.normalize else 1

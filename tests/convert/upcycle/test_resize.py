@@ -226,7 +226,7 @@ def test_usage_is_counted(tmp_path) -> None:
         (
             ResizeConfig(router_rows=RouterRows.mean),
             with_experts(8, 24, 2),
-            "init.router_rows=mean does nothing for mor",
+            "init.router_rows=mean does nothing for more",
         ),
         (ResizeConfig(copy_noise=0.1), with_experts(2, 24, 2), "init.copy_noise=0.1 does nothing for fewer"),
         (ResizeConfig(usage="x"), with_experts(8, 24, 2), "init.usage=x does nothing: each of 4 experts is copied 2"),
