@@ -59,8 +59,9 @@ class Comparison:
     columns: list[str] = field(default_factory=list)
     """Training metrics that the table shows besides the loss, and what is measured: `specialization`, `expert_cosine`,
     `start_gap_nats`, `equal_flops_nats`."""
-    first: str | None = None
-    """A run that is no arm and that arms start from: made before them for each seed, of other tokens."""
+    first: list[str] = field(default_factory=list)
+    """Runs that are no arms and that arms, or later ones of this list, start from: made before them for each seed, one
+    after the other, of other tokens."""
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -76,7 +77,7 @@ def read_comparison(folder: Path) -> Comparison:
         keys = ", ".join(f.name for f in fields(Comparison) if f.name != "name")
         raise ValueError(f"{path}: {' '.join(str(error).split())}; its keys are {keys}") from error
     files = {arm.stem for arm in folder.glob("[!_]*.yaml")}
-    if wrong := sorted(files ^ {*comparison.arms, *([comparison.first] if comparison.first else [])}):
+    if wrong := sorted(files ^ {*comparison.arms, *comparison.first}):
         raise ValueError(
             f"{path}: `arms`, `first` and the files beside it differ in {', '.join(wrong)}; make them the same"
         )

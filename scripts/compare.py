@@ -130,7 +130,7 @@ def compare(arguments: argparse.Namespace) -> Results:
         extra.insert(0, f"+experiment/_size={arguments.size}")
         comparison = replace(comparison, name=f"{comparison.name}_{arguments.size}")
     base = arguments.runs / comparison.name
-    first = [comparison.first] if comparison.first else []
+    first = comparison.first
     keys = [(arm, seed) for seed in seeds for arm in [*first, *comparison.arms]]
     folders = {(arm, seed): base / arm / f"seed_{seed}" for arm, seed in keys}
     commands = {
@@ -149,8 +149,8 @@ def compare(arguments: argparse.Namespace) -> Results:
         print(f"  {name}: {', '.join(f'{arm} {value}' for arm, value in values.items())}")
     check_alike(comparison, alike)
     todo = {key: commands[key] for key in keys if not is_finished(folders[key], flats[key])}
-    train_all({key: todo[key] for key in todo if key[0] in first}, folders, arguments.jobs)
-    train_all({key: todo[key] for key in todo if key[0] not in first}, folders, arguments.jobs)
+    for stage in [*([name] for name in first), comparison.arms]:
+        train_all({key: todo[key] for key in todo if key[0] in stage}, folders, arguments.jobs)
     measured = measure_runs([folders[key] for key in keys if key[0] not in first])
     outcomes = {
         arm: [read_outcome(folders[arm, seed], measured[folders[arm, seed]]) for seed in seeds]

@@ -154,6 +154,10 @@ def _in_words(options: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def _write_preset(file: Path, found: Pretrained, tokenizer: TokenizerConfig | None) -> list[str]:
     if file.exists():
         raise ValueError(f"{file} exists already; give another --name, or remove it")
+    if (CONFIGS / "model" / file.name).exists():
+        raise ValueError(
+            f"model={file.stem} is a preset of this project, which would be taken instead of yours; give another --name"
+        )
     shape = found.architecture
     attention = "mla" if isinstance(shape.attention, LatentConfig) else "gqa"
     # Choices whose files set nothing but defaults.

@@ -156,7 +156,7 @@ def run(command: list[str]) -> int:
     # Before anything is written: texts may be missing.
     batches = text_of(conversion, given.text, given.tokens) if given.tokens > 0 else []
     path = write(conversion, folder)
-    print(f"\nmodel       {path}\ntrain       python train.py <the same options but init> init.weights={folder.path}")
+    print(f"\nmodel       {path}\ntrain       python train.py <the same options but init and run.name> init.weights={folder.path}")
     if not batches:
         return DONE
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,11 +45,14 @@ def load_usage(path: Path, architecture: Architecture) -> Usage:
     """Raises ValueError for a file that is none, or of another model."""
     if not path.is_file():
         raise ValueError(f"init.usage={path} is no file; scripts/count_usage.py writes one")
-    stored = load_file(path)
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"init.usage={path} is no file of scripts/count_usage.py: {error}") from error
     found: Usage = {}
     for layer in architecture.moe_layers:
         count_E = stored.get(f"layers.{layer}.count")
-        if count_E is None or count_E.shape != (architecture.moe.num_experts,) or bool((count_E < 0).any()):
+        if count_E is None or count_E.shape != (architecture.moe.num_experts,) or not bool((count_E >= 0).all()):
             held = "nothing" if count_E is None else f"{count_E.numel()} numbers"
             raise ValueError(
                 f"init.usage={path} has {held} for layer {layer}, not a count for each of its "

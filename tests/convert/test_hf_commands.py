@@ -273,6 +273,8 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "has no config.json; give the folder" in refused("import_hf", tmp_path / "model" / "absent")
     assert "exists already" in refused("import_hf", folder, "--config-to", tmp_path)
     assert "exists already" in refused("import_hf", folder, "--run", tmp_path / "run")
+    said = refused("import_hf", folder, "--config-to", tmp_path / "my", "--name", "deepseek_v3")
+    assert "model=deepseek_v3 is a preset of this project" in said  # whose weights would be new ones
     assert "a run needs one; give it by --tokenizer" in refused("import_hf", bare, "--run", tmp_path / "new")
     copied = tmp_path / "copied"
     copied.mkdir()

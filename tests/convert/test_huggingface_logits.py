@@ -23,6 +23,7 @@ from transformers.modeling_layers import MtpModel
 from moe_parallel.convert.fill import build_model
 from moe_parallel.convert.huggingface.families import architecture_of_config, config_of_architecture
 from moe_parallel.convert.huggingface.files import SafetensorsFolder
+from moe_parallel.convert.huggingface.folder import open_model
 from moe_parallel.convert.huggingface.weights import config_of_weights, export_weights, import_weights
 from moe_parallel.convert.lazy import Cast, Given, Lazy, whole
 from moe_parallel.model.architecture import Architecture
@@ -171,11 +172,32 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         import_weights(config, {**theirs, bias: Given(torch.zeros(64), bias)})
     with pytest.raises(ValueError, match=r"shape \(63,\), by their config\.json \(64,\)"):
         import_weights(config, {**theirs, norm: Given(torch.zeros(63), norm)})
+    with pytest.raises(ValueError, match=rf"{norm} of the files are torch\.int8, which is no type of weights"):
+        import_weights(config, {**theirs, norm: Given(torch.zeros(64, dtype=torch.int8), norm)})
     frequencies = "model.layers.0.self_attn.rotary_emb.inv_freq"
     assert_same_bits(
         import_weights(config, {**theirs, frequencies: Given(torch.zeros(8), frequencies)}),
         import_weights(config, theirs),
     )
+
+
+def test_a_head_beside_tied_embeddings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A head that is left out in silence, where transformers 5 takes it; a copy of the embedding that is taken for
+    one."""
+    model = make("llama")
+    _, theirs = stored(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = type(model).from_pretrained(tmp_path)
+    assert torch.equal(model.lm_head.weight, whole(theirs["lm_head.weight"]))
+    source = open_model(tmp_path)
+    assert "another lm_head.weight: set to false" in caplog.text
+    assert not source.architecture.model.tie_embeddings
+    assert torch.equal(whole(source.weights["head.weight"]), whole(theirs["lm_head.weight"]))
+    caplog.clear()
+    copy = {"lm_head.weight": theirs["model.embed_tokens.weight"]}
+    assert config_of_weights(config, {**theirs, **copy}) == config
+    assert not caplog.text
 
 
 def test_weights_are_float32_whatever_the_files_have(tmp_path: Path) -> None:

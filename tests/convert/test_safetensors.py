@@ -9,6 +9,7 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from moe_parallel.convert.huggingface.write_files import plan_shards, write_fold
 from moe_parallel.convert.lazy import Constant, Given, Lazy, whole
 from tests.convert.models import pretrained
 
+PART = "part.safetensors"
 OPENED: list[str] = []
 """Files that this process has opened since it was last emptied; the hook below cannot be removed."""
 sys.addaudithook(lambda event, arguments: OPENED.append(str(arguments[0])) if event == "open" else None)
@@ -174,8 +176,14 @@ class _Evil:
         return os.mkdir, ("evil_was_here",)
 
 
+def _listed(folder: Path, text: str) -> None:
+    """In the place of the only file, which would come first."""
+    (folder / SINGLE).rename(folder / PART)
+    (folder / INDEX).write_text(text)
+
+
 def _index(folder: Path, file: str) -> None:
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    _listed(folder, json.dumps({"weight_map": {"a": file}}))
 
 
 def _scaleless(folder: Path) -> None:
@@ -191,8 +199,8 @@ def _beyond(folder: Path) -> None:
     (folder / SINGLE).write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
 
 
-def _quantized(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+def _quantized(folder: Path, how: Any) -> None:
+    (folder / "config.json").write_text(json.dumps({"quantization_config": how}))
 
 
 @pytest.mark.parametrize(
@@ -203,13 +211,15 @@ def _quantized(folder: Path) -> None:
         (lambda folder: _index(folder, "../model.safetensors"), "refused: '../model.safetensors' is no safetensors"),
         (lambda folder: _index(folder, "/etc/passwd"), "refused: '/etc/passwd' is no safetensors file"),
         (lambda folder: _index(folder, "pytorch_model.bin"), "refused: 'pytorch_model.bin' is no safetensors"),
-        (lambda folder: (folder / INDEX).write_text(json.dumps({"weight_map": {"b": SINGLE}})), "says that b is in"),
-        (lambda folder: (folder / INDEX).write_text("{}"), "has no weight_map"),
-        (lambda folder: (folder / INDEX).write_text("{"), "cannot be read"),
+        (lambda folder: _listed(folder, json.dumps({"weight_map": {"b": PART}})), "says that b is in"),
+        (lambda folder: _listed(folder, "{}"), "has no weight_map"),
+        (lambda folder: _listed(folder, "{"), "cannot be read"),
         (_cut, "damaged or no safetensors file"),
         (_beyond, "damaged or no safetensors file"),
         (_scaleless, "a is torch.float8_e4m3fn and has no a_scale_inv"),
-        (_quantized, "quant_method='gptq'"),
+        (lambda folder: _quantized(folder, {"quant_method": "gptq", "bits": 4}), "quant_method='gptq'"),
+        (lambda folder: _quantized(folder, {"quant_method": "fp8", "weight_block_size": [128, "a"]}), "is not read"),
+        (lambda folder: _quantized(folder, "gptq"), "quant_method='gptq'"),
     ],
 )
 def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object], text: str) -> None:
@@ -226,6 +236,14 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callab
         SafetensorsFolder(folder).weights()
     assert not [name for name in OPENED if name.endswith((".bin", "passwd"))]
     assert not (tmp_path / "evil_was_here").exists()
+
+
+def test_a_single_file_comes_before_an_index(tmp_path: Path) -> None:
+    """Would catch: weights of an older save that is still there, where transformers reads the newer ones."""
+    save_file({"a": torch.ones(2)}, tmp_path / SINGLE)
+    save_file({"a": torch.zeros(2)}, tmp_path / PART)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": PART}}))
+    assert whole(SafetensorsFolder(tmp_path).weights()["a"]).tolist() == [1, 1]
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:

@@ -214,8 +214,8 @@ def _window_given(keys: Keys) -> bool:
 
 
 def _window_used(keys: Keys) -> bool:
-    kinds = keys.get("layer_types")
-    return bool(keys.get("use_sliding_window")) if kinds is None else any(kind != "full_attention" for kind in kinds)
+    kinds = keys.several("layer_types")
+    return any(kind != "full_attention" for kind in kinds) if kinds else bool(keys.get("use_sliding_window"))
 
 
 _DEEPSEEK_ONLY = {"attention_bias": _NEVER, "moe_layer_freq": (1, None)}

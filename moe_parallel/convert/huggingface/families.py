@@ -42,7 +42,7 @@ def architecture_of_config(config: Mapping[str, Any]) -> Architecture:
         keys.only(name, *values)
     if family.window is not None and family.window(keys):
         _check_window(keys)
-    method = (config.get("quantization_config") or {}).get("quant_method", "fp8")
+    method = keys.several("quantization_config", dict).get("quant_method", "fp8")
     if method != "fp8":
         refuse("quant_method", method, "of quantized weights only fp8 with scales of blocks can be read")
     attention, experts = family.read(keys)
@@ -90,8 +90,8 @@ def config_of_architecture(architecture: Architecture, family: str | None = None
     raise ValueError(f"no public class of transformers expresses this model; nearest is {'. Or '.join(told)}")
 
 
-def _known(kind: str | None) -> str:
-    if kind not in FAMILIES:
+def _known(kind: Any) -> str:
+    if kind not in list(FAMILIES):  # it may be anything, and need not have a hash
         raise ValueError(f"model_type={kind} is not known here; known are {', '.join(FAMILIES)}")
     return kind
 

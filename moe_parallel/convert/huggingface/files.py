@@ -111,10 +111,10 @@ class SafetensorsFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if (path / INDEX).is_file():
-            self._stored = self._indexed()
-        elif (path / SINGLE).is_file():
+        if (path / SINGLE).is_file():  # it comes first in transformers too, where both are there
             self._stored = _header(path / SINGLE)
+        elif (path / INDEX).is_file():
+            self._stored = self._indexed()
         else:
             self._refuse()
         self._block = self._scaled_blocks()
@@ -167,13 +167,16 @@ class SafetensorsFolder:
         how = config.get("quantization_config") or {}
         if not how:
             return 128, 128
-        block = how.get("weight_block_size")
-        if how.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2 or min(block) < 1:
+        method, block = (
+            (how.get("quant_method"), how.get("weight_block_size")) if isinstance(how, dict) else (how, None)
+        )
+        sizes = [size for size in block if type(size) is int and size > 0] if isinstance(block, list) else []
+        if method != "fp8" or len(sizes) != 2 or sizes != block:
             raise ValueError(
-                f"{self.path}: quantization_config.quant_method={how.get('quant_method')!r} with weight_block_size="
+                f"{self.path}: quantization_config.quant_method={method!r} with weight_block_size="
                 f"{block} is not read, only fp8 with blocks; take the model's files in bfloat16"
             )
-        return int(block[0]), int(block[1])
+        return sizes[0], sizes[1]
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:

@@ -22,7 +22,8 @@ def is_model(path: Path) -> bool:
 
 
 def open_model(path: Path) -> Pretrained:
-    """The model of a folder, checked to have every weight that its config.json speaks of; reads headers only.
+    """The model of a folder, checked to have every weight that its config.json speaks of; reads headers only, and two
+    heads where there should be one.
 
     Raises:
         ValueError: an architecture that has no counterpart here, or files that do not fit; says what.

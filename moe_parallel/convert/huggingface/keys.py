@@ -34,12 +34,19 @@ class Keys:
             legal = " or ".join(shown(value) for value in values)
             refuse(name, self.config[name], f"only {legal} has a counterpart here")
 
-    def need(self, name: str) -> Any:
-        """The value of a key that must not be null."""
+    def need(self, name: str) -> int:
+        """The value of a key that must be a whole number."""
         value = self(name)
-        if value is None:
-            refuse(name, None, "a number is needed")
-        return value
+        if not isinstance(value, int) or isinstance(value, bool):
+            refuse(name, value, "a whole number is needed")
+        return int(value)
+
+    def several(self, name: str, kind: type[list] | type[dict] = list) -> Any:
+        """The value of a key that must be a list, or another collection; an empty one if it is null or left out."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, kind):
+            refuse(name, value, "a list is needed" if kind is list else "an object is needed")
+        return value or kind()
 
 
 def refuse(name: str, value: Any, why: str) -> None:

@@ -92,8 +92,8 @@ def write_latent(architecture: Architecture, **more: Any) -> dict[str, Any]:
 def _num_experts(keys: Keys) -> int:
     """By one of the names that transformers takes for the same."""
     names = "num_experts", "num_local_experts", "n_routed_experts"
-    known = [source[name] for source in (keys.config, keys.defaults) for name in names if source.get(name) is not None]
-    return int(known[0]) if known else int(keys.need("num_experts"))
+    known = [name for source in (keys.config, keys.defaults) for name in names if source.get(name) is not None]
+    return keys.need(known[0] if known else "num_experts")
 
 
 def read_router(keys: Keys, **more: Any) -> TokenChoiceConfig:
@@ -112,8 +112,8 @@ def read_experts(keys: Keys, width: str, **more: Any) -> MoEConfig:
 
 def read_dense_prefix(keys: Keys) -> int:
     """Dense layers, if they are the first ones."""
-    dense = sorted(set(keys.get("mlp_only_layers") or []))
-    if dense != list(range(len(dense))):
+    dense = keys.several("mlp_only_layers")
+    if any(layer not in dense for layer in range(len(dense))):
         refuse("mlp_only_layers", dense, "only the first layers may be dense here")
     return len(dense)
 

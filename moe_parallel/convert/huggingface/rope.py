@@ -18,12 +18,12 @@ _YARN = ("mscale", "mscale_all_dim", "attention_factor")
 
 def read_rope(keys: Keys) -> RopeConfig:
     """Raises ValueError for a kind of scaling that has no counterpart here."""
-    given = keys.get("rope_scaling") or keys.get("rope_parameters") or {}
+    given = keys.several("rope_scaling", dict) or keys.several("rope_parameters", dict)
     if any(isinstance(value, dict) for value in given.values()):
         refuse("rope_parameters", given, "layers with positions of several kinds have no counterpart here")
     theta = given.get("rope_theta") or keys.get("rope_theta", 10000.0)
     name = given.get("rope_type", given.get("type", "default"))
-    if name not in _KINDS:
+    if name not in list(_KINDS):  # it may be anything, and need not have a hash
         refuse("rope_type", name, f"only {', '.join(_KINDS)} have a counterpart here")
     share = given.get("partial_rotary_factor") or keys.get("partial_rotary_factor") or 1.0
     if share != 1.0:
@@ -43,8 +43,10 @@ def read_rope(keys: Keys) -> RopeConfig:
         "theta": theta, "scaling": kind, "factor": factor, "original_sequence_tokens": original
     }  # fmt: skip
     if kind is RopeScaling.llama3:
-        bands = {f"{which}_frequency_factor": given[f"{which}_freq_factor"] for which in ("low", "high")}
-        return RopeConfig(**common, **bands)
+        bands = {which: given.get(f"{which}_freq_factor") for which in ("low", "high")}
+        if None in bands.values():
+            refuse("rope_type", name, "it needs low_freq_factor and high_freq_factor")
+        return RopeConfig(**common, **{f"{which}_frequency_factor": value for which, value in bands.items()})
     if not given.get("truncate", True):
         refuse("truncate", False, "bounds of yarn's bands are whole numbers here")
     common |= {"beta_fast": given.get("beta_fast") or 32.0, "beta_slow": given.get("beta_slow") or 1.0}

@@ -17,6 +17,7 @@ import torch
 
 from moe_parallel.convert.huggingface.families import architecture_of_config
 from moe_parallel.convert.lazy import Cast, Constant, Joined, Lazy, Scaled, Stacked, columns_of, expert_of, rows_of
+from moe_parallel.convert.lazy_state import PART_BYTES, row_boxes
 from moe_parallel.convert.pretrained import shapes_of
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.attention import GroupedQueryConfig, QKNorm
@@ -49,6 +50,10 @@ class _Link:
         """Of each expert, or the only ones."""
         return [tuple(name.format(e) for name in self.theirs) for e in range(max(1, self.experts))]
 
+    def found(self, theirs: Mapping[str, Lazy]) -> list[str]:
+        """What it is made of in these files."""
+        return [self.stack] if self.stack in theirs else [name for group in self.names() for name in group]
+
 
 def import_weights(config: Mapping[str, Any], theirs: Mapping[str, Lazy]) -> dict[str, Lazy]:
     """All parameters and buffers of our model, float32.
@@ -63,8 +68,7 @@ def import_weights(config: Mapping[str, Any], theirs: Mapping[str, Lazy]) -> dic
     architecture = architecture_of_config(config)
     found = {_in_memory(name): lazy for name, lazy in theirs.items()}
     links = list(_links(architecture, str(config["model_type"])))
-    absent = [name for link in links if link.stack not in found for group in link.names() for name in group]
-    absent = [name for name in absent if name not in found]
+    absent = [name for link in links for name in link.found(found) if name not in found]
     if absent:
         raise ValueError(f"the files have no {_some(absent)}, which their config.json asks for")
     used = {name for link in links for group in [(link.stack,), *link.names()] for name in group}
@@ -76,10 +80,15 @@ def import_weights(config: Mapping[str, Any], theirs: Mapping[str, Lazy]) -> dic
         unknown = [name for name in unknown if name not in further]
     if unknown:
         raise ValueError(f"nothing in config.json says what {_some(unknown)} of the files are for")
+    parts = {link.ours: link.found(found) for link in links}
+    numbers = [name for names in parts.values() for name in names if not found[name].dtype.is_floating_point]
+    if numbers:
+        raise ValueError(f"{_some(numbers)} of the files are {found[numbers[0]].dtype}, which is no type of weights")
     ours = {link.ours: _float32(_made(link, found)) for link in links}
     for name, shape in shapes_of(architecture).items():
         if ours[name].shape != shape:
-            raise ValueError(f"{ours[name]} of the files has shape {ours[name].shape}, by their config.json {shape}")
+            told = f"{_some(parts[name])} of the files make up {name} of shape {ours[name].shape}"
+            raise ValueError(f"{told}, by their config.json {shape}")
     return ours
 
 
@@ -123,14 +132,37 @@ def _without_effect(ours: Architecture, theirs: Architecture, weights: Mapping[s
 
 
 def config_of_weights(config: Mapping[str, Any], theirs: Mapping[str, Lazy]) -> dict[str, Any]:
-    """config.json as the files are: transformers drops the weights of multi-token prediction when it saves a model, and
-    leaves the key that announces them. Then there is none, and a warning."""
+    """config.json as the files are, with a warning where they differ.
+
+    transformers drops the weights of multi-token prediction when it saves a model, and leaves the key that announces
+    them: then there is none. A head of its own beside tied embeddings is taken as it is, as transformers 5 does; to
+    know it, both are read.
+    """
     layers, settled = config.get("num_hidden_layers"), dict(config)
     for name in ("num_nextn_predict_layers", "num_mtp_layers"):
         if settled.get(name) and f"model.layers.{layers}.eh_proj.weight" not in theirs:
             log.warning("config.json says %s=%s, but the files have no such layers: set to 0", name, settled[name])
             settled[name] = 0
+    embedding, head = theirs.get("model.embed_tokens.weight"), theirs.get("lm_head.weight")
+    if (
+        settled.get("tie_word_embeddings")
+        and embedding is not None
+        and head is not None
+        and not _equal(embedding, head)
+    ):
+        log.warning(
+            "config.json says tie_word_embeddings=true, but the files have another lm_head.weight: set to false"
+        )
+        settled["tie_word_embeddings"] = False
     return settled
+
+
+def _equal(one: Lazy, other: Lazy) -> bool:
+    """All of their elements, a part at a time."""
+    boxes = row_boxes(one, PART_BYTES)
+    return one.shape == other.shape and all(
+        torch.equal(one.read(box).float(), other.read(box).float()) for box in boxes
+    )
 
 
 def _is_prediction(name: str, architecture: Architecture, config: Mapping[str, Any]) -> bool:

@@ -11,11 +11,10 @@ from pydantic.dataclasses import dataclass
 
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
 from moe_parallel.convert.upcycle.between import check_has_experts, check_same_experts, same_routing
-from moe_parallel.convert.upcycle.map import Draw, Plan, Preserves, UpcycleConfig
+from moe_parallel.convert.upcycle.map import Draw, Plan, Preserves, UpcycleConfig, without_chain
 from moe_parallel.model.architecture import Architecture
 
 _LATER_ROUTER = re.compile(r"\.later_routers\.\d+\.")
-_LATER_NORM = re.compile(r"\.later_norms\.\d+\.")
 
 
 class LaterRouters(str, Enum):
@@ -57,11 +56,9 @@ class ChainStartConfig(UpcycleConfig):
     def plan(self, sources: Sequence[Pretrained], target: Architecture, draw: Draw, seed: int) -> Plan:
         theirs, plan = sources[0].weights, {}
         for name in shapes_of(target):
-            origin = name
-            if _LATER_NORM.search(name):
-                origin = _LATER_NORM.sub(".ffn_norm.", name)
-            elif self.later_routers is LaterRouters.copied:
-                origin = _LATER_ROUTER.sub(".router.", name)
+            origin = without_chain(name)
+            if self.later_routers is LaterRouters.copied:
+                origin = _LATER_ROUTER.sub(".router.", origin)
             plan[name] = theirs[origin] if origin in theirs else draw(name)
         return plan
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_parallel.checkpoint.pieces import Box
 from moe_parallel.convert.lazy import Constant, Joined, Lazy, Stacked, Sum, expert_of, rows_of, whole
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
+from moe_parallel.convert.upcycle.between import check_nothing_is_lost
 from moe_parallel.convert.upcycle.map import (
     Draw,
     Plan,
@@ -29,6 +30,7 @@ from moe_parallel.convert.upcycle.map import (
     outside_of_experts,
     passes_once,
     weights_sum_to_one,
+    without_chain,
 )
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.moe.expert_forms import ExpertForm
@@ -116,11 +118,15 @@ class DeltaConfig(UpcycleConfig):
 
     def _rest(self, sources: Sequence[Pretrained], target: Architecture, draw: Draw) -> Plan:
         """Everything but routed experts and their base."""
+        names = shapes_of(target)
+        new = {name: lazy for name, lazy in new_parts(target, draw).items() if ".ffn.base." not in name}
         if sources[0].architecture.num_moe_layers > 0:
-            return {name: sources[0].weights[name] for name in shapes_of(target) if name in sources[0].weights}
-        outside = outside_of_experts(list(shapes_of(target)), target)
-        plan = {name: self._mixed([source.weights[name] for source in sources]) for name in outside}
-        return plan | {name: lazy for name, lazy in new_parts(target, draw).items() if ".ffn.base." not in name}
+            experts = {f"{network}.experts.{what}" for network in moe_networks(target) for what in ("gate_up", "down")}
+            theirs = {name: lazy for name, lazy in sources[0].weights.items() if name not in experts}
+            check_nothing_is_lost(theirs, names)
+            return new | theirs
+        outside = outside_of_experts(list(names), target)
+        return new | {name: self._mixed([s.weights[without_chain(name)] for s in sources]) for name in outside}
 
     def _mixed(self, parts: Sequence[Lazy]) -> Lazy:
         """The base of these, or another weight of these models."""

@@ -26,6 +26,7 @@ Plan = dict[str, Lazy]
 """All parameters and buffers of the new model by name."""
 Draw = Callable[[str], Lazy]
 """What a weight of the new model is when it starts from nothing."""
+_LATER_NORM = re.compile(r"\.later_norms\.\d+\.")
 
 
 class Preserves(str, Enum):
@@ -152,9 +153,14 @@ def outside_of_experts(names: Sequence[str], target: Architecture) -> list[str]:
     return [name for name in names if not name.startswith(inside)]
 
 
+def without_chain(name: str) -> str:
+    """What a weight starts as in a chain of experts: norms of later iterations as the layer's, all else as itself."""
+    return _LATER_NORM.sub(".ffn_norm.", name)
+
+
 def copied(source: Pretrained, target: Architecture) -> Plan:
     """Everything outside of mixture-of-experts layers, as it is."""
-    return {name: source.weights[name] for name in outside_of_experts(list(shapes_of(target)), target)}
+    return {name: source.weights[without_chain(name)] for name in outside_of_experts(list(shapes_of(target)), target)}
 
 
 def new_parts(target: Architecture, draw: Draw) -> Plan:

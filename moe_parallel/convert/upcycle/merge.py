@@ -32,6 +32,7 @@ from moe_parallel.convert.upcycle.map import (
     outside_of_experts,
     passes_once,
     weights_sum_to_one,
+    without_chain,
 )
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.moe.routers.domain import DomainConfig
@@ -111,7 +112,7 @@ class MergeConfig(UpcycleConfig):
         routed = [source for place, source in enumerate(sources) if place != self.shared_source]
         plan = new_parts(target, draw)
         for name in outside_of_experts(list(shapes_of(target)), target):
-            plan[name] = Sum([source.weights[name] for source in sources], mix)
+            plan[name] = Sum([source.weights[without_chain(name)] for source in sources], mix)
         for network in moe_networks(target):
             for what, parts in _networks(routed, network).items():
                 plan[f"{network}.experts.{what}"] = Stacked(parts)

@@ -21,6 +21,7 @@ from moe_parallel.convert.upcycle.map import (
     dense_network,
     moe_networks,
     outside_of_experts,
+    without_chain,
 )
 from moe_parallel.convert.upcycle.merge import fitting, numbered
 from moe_parallel.model.architecture import Architecture
@@ -76,7 +77,7 @@ class AddDomainConfig(UpcycleConfig):
         shapes = shapes_of(target)
         share = 1 / target.moe.num_experts if self.new_share is None else self.new_share
         outside = outside_of_experts(list(shapes), target)
-        plan: Plan = {name: Sum([old[name], new[name]], [1 - share, share]) for name in outside}
+        plan: Plan = {name: Sum([old[name], new[without_chain(name)]], [1 - share, share]) for name in outside}
         calibration = load_calibration(self.calibration, Method.domains)
         assert isinstance(target.router, DomainConfig)
         row = fitting(calibration, "domains", (1, target.router.domain_dim), self.calibration)
