@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ def main() -> None:
 def export(arguments: argparse.Namespace) -> list[str]:
     """What to print."""
     for name, value in (("shard-gigabytes", arguments.shard_gigabytes), ("jobs", arguments.jobs)):
-        if value <= 0:
-            raise ValueError(f"--{name} {value} must be above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{name} {value} must be a number above 0")
     source = open_pretrained("run", str(arguments.run))
     shape = source.architecture
     config, weights = contents(shape, source.weights, getattr(torch, arguments.dtype), arguments.family)

@@ -83,7 +83,7 @@ def take_in(arguments: argparse.Namespace) -> list[str]:
         _check_vocabulary(found.architecture, build_tokenizer(tokenizer))
     if arguments.config_to is not None:
         name = arguments.name or re.sub(r"\W+", "_", source.name).strip("_").lower()
-        lines += ["", *_write_preset(arguments.config_to / "model" / f"{name}.yaml", found, tokenizer)]
+        lines += ["", *_write_preset(arguments.config_to, name, found, tokenizer)]
         lines.append(
             f"train on    torchrun --nproc-per-node 2 train.py --config-dir {arguments.config_to} model={name}"
         )
@@ -151,30 +151,34 @@ def _in_words(options: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}={value}"
 
 
-def _write_preset(file: Path, found: Pretrained, tokenizer: TokenizerConfig | None) -> list[str]:
-    if file.exists():
-        raise ValueError(f"{file} exists already; give another --name, or remove it")
-    if (CONFIGS / "model" / file.name).exists():
-        raise ValueError(
-            f"model={file.stem} is a preset of this project, which would be taken instead of yours; give another --name"
-        )
+def _write_preset(folder: Path, name: str, found: Pretrained, tokenizer: TokenizerConfig | None) -> list[str]:
+    """The model's options, and where its weights lie: a choice of `init`, so that another one takes its place."""
+    files = {group: folder / group / f"{name}.yaml" for group in ("model", "init")}
+    for group, file in files.items():
+        if file.exists():
+            raise ValueError(f"{file} exists already; give another --name, or remove it")
+        if (CONFIGS / group / file.name).exists():
+            raise ValueError(
+                f"{group}={name} is a file of this project, which would be taken instead of yours; give another --name"
+            )
     shape = found.architecture
     attention = "mla" if isinstance(shape.attention, LatentConfig) else "gqa"
     # Choices whose files set nothing but defaults.
-    choices = {"attention": attention, "router": "softmax", "balance": "none", "init": "fresh"}
+    choices = {"attention": attention, "router": "softmax", "balance": "none", "init": name}
     values = {name: options for name in SECTIONS if (options := _changed(getattr(shape, name)))}
     if tokenizer is not None:
         choices["tokenizer"] = "file"
         values["tokenizer"] = {"path": tokenizer.path, "end_of_document": tokenizer.end_of_document}
-    values["init"] = {"weights": str(found.path)}
     text = (
         f"# @package _global_\n# {found.path}, as scripts/import_hf.py read it. No balance loss: choose balance=... .\n"
         "defaults:\n"
         + "".join(f"  - override /{group}: {choice}\n" for group, choice in choices.items())
         + yaml.safe_dump(values, sort_keys=False)
     )
-    write_text_atomic(file, text)
-    lines = [f"preset      {file}"]
+    weights = yaml.safe_dump({"defaults": ["fresh"], "weights": str(found.path)}, sort_keys=False)
+    write_text_atomic(files["init"], f"# Chosen by model={name}.\n{weights}")
+    write_text_atomic(files["model"], text)
+    lines = [f"preset      {files['model']}"]
     if tokenizer is None:
         lines.append("            without a tokenizer: choose the one that the model was trained with, tokenizer=file")
     return lines

@@ -110,7 +110,7 @@ def write(conversion: Conversion, folder: RunFolder) -> Path:
 
 
 def text_of(conversion: Conversion, files: list[Path], most_tokens: int) -> list[TokenBatch]:
-    """Batches of the files, or of the validation data: from each domain equally many."""
+    """Batches of the files, or of the validation data: from each domain equally many, and one sequence at least."""
     config, vocabulary = conversion.config, conversion.target.vocab_size
     length = config.train.sequence_tokens
     rows = max(1, 2048 // length)
@@ -121,13 +121,15 @@ def text_of(conversion: Conversion, files: list[Path], most_tokens: int) -> list
     if not data.domains:
         raise ValueError("the options hold no validation data out; give --text FILE, or --tokens 0 to compare nothing")
     found = []
+    each = most_tokens // len(data.domains)
+    rows = max(1, min(rows, each // length))
     for domain in data.domains:
-        left = most_tokens // len(data.domains)
+        left = max(each, rows * length)
         for batch in data.batches(domain, 0, 1, rows):
-            if left <= 0:
+            left -= batch.num_valid
+            if left < 0:
                 break
             found.append(batch)
-            left -= batch.num_valid
     return found
 
 
@@ -142,6 +144,8 @@ def report(conversion: Conversion, verification: Verification, folder: RunFolder
 def run(command: list[str]) -> int:
     """All of it; the exit code."""
     given = parse(command)
+    if given.tokens < 0:
+        raise ValueError(f"--tokens {given.tokens} must not be negative; 0 compares nothing")
     conversion = prepare(given.overrides)
     print(plan_text(conversion.plan))
     print(f"promise: {conversion.promise.value}")
@@ -156,7 +160,8 @@ def run(command: list[str]) -> int:
     # Before anything is written: texts may be missing.
     batches = text_of(conversion, given.text, given.tokens) if given.tokens > 0 else []
     path = write(conversion, folder)
-    print(f"\nmodel       {path}\ntrain       python train.py <the same options but init and run.name> init.weights={folder.path}")
+    print(f"\nmodel       {path}")
+    print(f"train       python train.py <the same options but init and run.name> init.weights={folder.path}")
     if not batches:
         return DONE
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -162,7 +162,7 @@ def finish(partial: Path, final: Path, meta: dict[str, Any], checksums: dict[str
         if file.name != VALIDATION
     }
     write_json(partial / META, meta | {"format": FORMAT, "files": files})
-    _sync(partial)
+    sync(partial)
     if final.exists():
         aside = final.with_name(f".{final.name}.replaced")
         shutil.rmtree(aside, ignore_errors=True)
@@ -171,7 +171,7 @@ def finish(partial: Path, final: Path, meta: dict[str, Any], checksums: dict[str
         shutil.rmtree(aside)
     else:
         partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -199,7 +199,7 @@ def write_loss(path: Path, loss: float) -> None:
     partial = path / f".{VALIDATION}.partial"
     write_json(partial, {"cross_entropy_nats": loss})
     partial.rename(path / VALIDATION)
-    _sync(path)
+    sync(path)
 
 
 def read_loss(path: Path) -> float | None:
@@ -239,9 +239,9 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _sync(folder: Path) -> None:
-    """Make names in a folder durable; without it a power cut may undo the rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file durable, or the names in a folder; without it a power cut may undo a rename."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

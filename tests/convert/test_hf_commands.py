@@ -29,6 +29,7 @@ from moe_parallel.convert.fill import build_model
 from moe_parallel.convert.huggingface.folder import contents, open_model
 from moe_parallel.convert.huggingface.tokenizer import copy_tokenizer, loads_otherwise, write_tokenizer
 from moe_parallel.convert.huggingface.write_files import write_folder
+from moe_parallel.convert.upcycle.map import UpcycleConfig
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.attention import GroupedQueryConfig
 from moe_parallel.model.counts import count_parameters
@@ -193,7 +194,10 @@ def test_there_and_back(
     tokenizer = build_tokenizer(preset.tokenizer)
     shape = open_model(out).architecture
     assert architecture(preset, tokenizer.vocab_size) == shape
-    assert preset.init.weights == str(out)
+    assert preset.init == FreshConfig(weights=str(out))
+    other = ["init=upcycle", f"init.sources=[{out}]"]  # a choice of weights besides the preset's
+    other = composed([f"hydra.searchpath=[file://{tmp_path / 'my'}]", "model=out", *other], ROOT / "configs")
+    assert isinstance(other.init, UpcycleConfig)
 
 
 def test_another_function_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -274,7 +278,9 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "exists already" in refused("import_hf", folder, "--config-to", tmp_path)
     assert "exists already" in refused("import_hf", folder, "--run", tmp_path / "run")
     said = refused("import_hf", folder, "--config-to", tmp_path / "my", "--name", "deepseek_v3")
-    assert "model=deepseek_v3 is a preset of this project" in said  # whose weights would be new ones
+    assert "model=deepseek_v3 is a file of this project" in said  # whose weights would be new ones
+    said = refused("import_hf", folder, "--config-to", tmp_path / "my", "--name", "upcycle")
+    assert "init=upcycle is a file of this project" in said
     assert "a run needs one; give it by --tokenizer" in refused("import_hf", bare, "--run", tmp_path / "new")
     copied = tmp_path / "copied"
     copied.mkdir()
@@ -282,7 +288,11 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     said = refused("import_hf", bare, "--run", tmp_path / "new", "--tokenizer", copied)
     assert "ids up to 256, the embedding 50 rows" in said
     assert "exists already" in refused("export_hf", tmp_path / "run", folder)
-    assert "--jobs 0 must be above 0" in refused("export_hf", tmp_path / "run", tmp_path / "new", "--jobs", 0)
+    for size in ("nan", "inf"):
+        assert f"gigabytes {size} must be" in refused(
+            "export_hf", tmp_path / "run", tmp_path / "new", "--shard-gigabytes", size
+        )
+    assert "--jobs 0 must be a number above 0" in refused("export_hf", tmp_path / "run", tmp_path / "new", "--jobs", 0)
     assert "MixtralForCausalLM" in refused("export_hf", tmp_path / "run", tmp_path / "new", "--family", "mixtral")
     stored = next((tmp_path / "run" / "checkpoints").glob("*/*.distcp"))
     content = bytearray(stored.read_bytes())

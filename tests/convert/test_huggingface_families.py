@@ -129,6 +129,7 @@ REFUSED = [
     ("llama", {"attention_bias": True}, r"attention_bias=true of config\.json: only false"),
     ("llama", {"mlp_bias": True}, "mlp_bias=true"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act=gelu"),
+    ("llama", {"transformers_weights": "other.safetensors"}, r"transformers_weights=other\.safetensors"),
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type=dynamic"),
     ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
     ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quant_method=gptq"),

@@ -68,6 +68,7 @@ def test_write_and_report(runs: Runner, command: Any, capsys: pytest.CaptureFixt
     assert not (runs.runs / "written").exists()
     assert command.main(given) == 0
     found = json.loads((runs.runs / "written/upcycle.json").read_text())
+    assert 0 < found["tokens"] <= 16_384
     (against,) = found["against"]
     dense_loss = curve(runs.runs / "dense")[12][LOSS]
     assert against["source_nats"] == pytest.approx(dense_loss, rel=1e-5)
@@ -109,6 +110,7 @@ def test_a_broken_promise_is_an_error(
         (("data.validation_sequences=0",), "hold no validation data out; give --text FILE"),
         (("--text=/nowhere.txt",), "/nowhere.txt"),
         (("moe.expert_dim=99",), "moe.expert_dim=99 must be 128"),
+        (("--tokens=-1",), "--tokens -1 must not be negative"),
     ],
 )
 def test_mistakes(
@@ -188,8 +190,9 @@ def test_every_map(runs: Runner, command: Any, capsys: pytest.CaptureFixture[str
     assert not (runs.runs / "moe/upcycle.json").exists()
     for name, (sources, model, promise) in MAPS.items():
         given = (f"init={name}", f"init.sources=[{runs.runs}/{sources.format(runs.runs)}]", *model)
-        assert command.main([*runs.arguments(f"run.name=by_{name}", *given), "--tokens=2000"]) == 0, name
+        assert command.main([*runs.arguments(f"run.name=by_{name}", *given), "--tokens=600"]) == 0, name
         found = json.loads((runs.runs / f"by_{name}/upcycle.json").read_text())
+        assert 0 < found["tokens"] <= 600, "more text than was asked for"
         assert (name, found["promise"], found["is_kept"]) == (name, promise, True)
         meta = json.loads((runs.runs / f"by_{name}/checkpoints/step_00000000/meta.json").read_text())
         assert options.architecture_of(meta["identity"], name).num_moe_layers == (0 if name == "densify" else 1)

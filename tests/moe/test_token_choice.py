@@ -3,6 +3,7 @@
 1. weights   2. the selection bias   3. groups   4. forced balance   5. bad options
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,11 @@ def test_weights_of_one_are_for_frozen_routers_only():
     with pytest.raises(ConfigError, match=r"router.top_k=1 makes every weight exactly 1.*'optim.frozen="):
         relations.check(composed(start, CONFIGS), 1)
     relations.check(composed([*start, "optim.frozen=[*.router.*]"], CONFIGS), 1)
+    chain = [*start, "moe.chain.iterations=2"]
+    with pytest.raises(ConfigError) as error:
+        relations.check(composed(chain, CONFIGS), 1)
+    (advice,) = re.findall("'(optim.frozen=.*?)'", str(error.value))
+    relations.check(composed([*chain, advice], CONFIGS), 1)  # routers of later iterations are routers, too
     router = make_router(top_k=1, normalize=True)
     assert (route(router, X)[2] == 1).all()
 

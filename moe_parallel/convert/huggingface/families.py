@@ -26,6 +26,8 @@ from moe_parallel.moe.routers.token_choice import TokenChoiceConfig
 
 BIAS_RATE = 0.001
 """Of a model with a selection bias: DeepSeek-V3's (arXiv 2412.19437), whose config.json does not have it."""
+_ONLY: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish"), "transformers_weights": (None,)}
+"""The second one names another file of weights than the usual ones."""
 _DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
 
@@ -38,7 +40,7 @@ def architecture_of_config(config: Mapping[str, Any]) -> Architecture:
     kind = _known(config.get("model_type"))
     family = FAMILIES[kind]
     keys = Keys(config, {**_DEFAULTS, **family.defaults})
-    for name, values in {"hidden_act": ("silu", "swish"), **family.only}.items():
+    for name, values in {**_ONLY, **family.only}.items():
         keys.only(name, *values)
     if family.window is not None and family.window(keys):
         _check_window(keys)

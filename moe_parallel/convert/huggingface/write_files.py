@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moe_parallel.checkpoint.folder import sync
 from moe_parallel.convert.huggingface.files import CONFIG, DTYPES, INDEX, SINGLE
 from moe_parallel.convert.lazy import Lazy
 from moe_parallel.convert.lazy_state import row_boxes
@@ -97,10 +98,13 @@ def write_folder(
         with ThreadPoolExecutor(jobs) as pool:
             for shard in shards:
                 _write_shard(partial / shard.file, shard, weights, pool)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    sync(folder.parent)
 
 
 def _shard(file: str, weights: Mapping[str, Lazy]) -> Shard:

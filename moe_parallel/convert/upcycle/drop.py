@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_kernels.hashing import distinct_integers, hash_key
 from moe_parallel.checkpoint.pieces import Box
-from moe_parallel.convert.lazy import Joined, Lazy, Stacked, Sum, whole
+from moe_parallel.convert.lazy import Joined, Lazy, Stacked, whole
 from moe_parallel.convert.pretrained import Pretrained
 from moe_parallel.convert.upcycle.map import (
     Draw,
@@ -30,6 +30,7 @@ from moe_parallel.convert.upcycle.map import (
     new_parts,
     passes_once,
     weights_sum_to_one,
+    with_noise,
 )
 from moe_parallel.model.architecture import Architecture
 
@@ -100,7 +101,7 @@ class DropConfig(UpcycleConfig):
             chosen = Chosen(hash_key(seed, "drop", of), self.num_dropped(width), width, dim)
             new: Lazy = Redrawn(weight, chosen, seed, f"{name}.{what}")
             if self.drop_noise is not None:
-                new = Sum([weight, Noise(weight.shape, self.drop_noise, seed, f"{name}.{what}")], [1, 1])
+                new = with_noise(weight, self.drop_noise, seed, f"{name}.{what}")
             matrices.append(Replaced(weight, new, chosen) if chosen.count else weight)
         return matrices
 

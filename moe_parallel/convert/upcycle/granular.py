@@ -16,11 +16,10 @@ from enum import Enum
 
 from pydantic.dataclasses import dataclass
 
-from moe_parallel.convert.lazy import Joined, Lazy, Repeated, Scaled, Stacked, Sum, columns_of, rows_of
+from moe_parallel.convert.lazy import Joined, Lazy, Repeated, Scaled, Stacked, columns_of, rows_of
 from moe_parallel.convert.pretrained import Pretrained
 from moe_parallel.convert.upcycle.map import (
     Draw,
-    Noise,
     Plan,
     Preserves,
     UpcycleConfig,
@@ -32,6 +31,7 @@ from moe_parallel.convert.upcycle.map import (
     moe_networks,
     new_parts,
     passes_once,
+    with_noise,
 )
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.moe.routers.token_choice import Score, TokenChoiceConfig
@@ -123,13 +123,10 @@ class GranularConfig(UpcycleConfig):
         return Repeated(rows, slices) if self.layout is Layout.grouped else Joined([rows] * slices)
 
     def _copy(self, dense: Sequence[Lazy], name: str, seed: int) -> list[Lazy]:
-        if self.copy_noise == 0:
-            return list(dense)
-        noise = [
-            Noise(weight.shape, self.copy_noise, seed, f"{name}.{what}")
+        return [
+            with_noise(weight, self.copy_noise, seed, f"{name}.{what}")
             for weight, what in zip(dense, ("gate", "up", "down"), strict=True)
         ]
-        return [Sum([weight, more], [1, 1]) for weight, more in zip(dense, noise)]
 
     def _scaled(self, network: Sequence[Lazy], factor: float) -> list[Lazy]:
         gate, up, down = network

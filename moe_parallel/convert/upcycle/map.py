@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_kernels.hashing import hash_key
 from moe_parallel.checkpoint.pieces import Box
 from moe_parallel.convert.function import function_of
-from moe_parallel.convert.lazy import Constant, Lazy
+from moe_parallel.convert.lazy import Cast, Constant, Lazy, Sum
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.initialize import InitConfig, init_part, normal_part
@@ -136,6 +136,13 @@ class Noise(Lazy):
 
     def __str__(self) -> str:
         return f"N(0, {self.std:.3g}^2)"
+
+
+def with_noise(weight: Lazy, std: float, seed: int, name: str) -> Lazy:
+    """A weight plus noise of that standard deviation, in its own type; the weight itself if that is 0."""
+    if std == 0:
+        return weight
+    return Sum([weight, Cast(Noise(weight.shape, std, seed, name), weight.dtype)], [1, 1])
 
 
 # -- what several maps need ----------------------------------------------------------------------------------------

@@ -24,11 +24,11 @@ from moe_parallel.convert.upcycle.between import (
 )
 from moe_parallel.convert.upcycle.map import (
     Draw,
-    Noise,
     Plan,
     Preserves,
     UpcycleConfig,
     moe_networks,
+    with_noise,
 )
 from moe_parallel.convert.upcycle.neurons import alike, picked
 from moe_parallel.convert.usage import Usage, load_usage, usage_of_checkpoint
@@ -160,7 +160,7 @@ class ResizeConfig(UpcycleConfig):
         for number, expert in enumerate(experts):
             for what, weight in self._expert(source, network, expert).items():
                 name = f"{network}.experts.{what}.{number}"
-                found[what].append(_with_noise(weight, self.copy_noise, expert, seed, name))
+                found[what].append(with_noise(weight, self.copy_noise if expert.copy else 0.0, seed, name))
         return {f"{network}.experts.{what}": Stacked(weights) for what, weights in found.items()}
 
     def _expert(self, source: Pretrained, name: str, expert: NewExpert) -> dict[str, Lazy]:
@@ -186,7 +186,7 @@ class ResizeConfig(UpcycleConfig):
             of_parts = [rows_of(weight, part, 1) for part in expert.parts]
             row: Lazy = Sum(of_parts, expert.shares) if self.router_rows is RouterRows.mean else of_parts[0]
             noise = self.router_noise if name.endswith(".weight") else 0.0
-            rows.append(_with_noise(row, noise, expert, seed, f"{name}.{number}"))
+            rows.append(with_noise(row, noise if expert.copy else 0.0, seed, f"{name}.{number}"))
         return Joined(rows)
 
 
@@ -244,9 +244,3 @@ def _bias_scale(source: Pretrained, target: Architecture) -> float:
 def _most_used(experts: Sequence[int], usage_E: Tensor) -> list[int]:
     """The most used first; equally used ones by number."""
     return sorted(experts, key=lambda e: (-float(usage_E[e]), e))
-
-
-def _with_noise(weight: Lazy, std: float, expert: NewExpert, seed: int, name: str) -> Lazy:
-    if std == 0 or expert.copy == 0:
-        return weight
-    return Sum([weight, Noise(weight.shape, std, seed, name)], [1, 1])

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from pydantic.dataclasses import dataclass
 
-from moe_parallel.convert.lazy import Joined, Lazy, Stacked, Sum
+from moe_parallel.convert.lazy import Joined, Stacked
 from moe_parallel.convert.pretrained import Pretrained
 from moe_parallel.convert.upcycle.map import (
     Draw,
-    Noise,
     Plan,
     Preserves,
     UpcycleConfig,
@@ -23,6 +22,7 @@ from moe_parallel.convert.upcycle.map import (
     new_parts,
     passes_once,
     weights_sum_to_one,
+    with_noise,
 )
 from moe_parallel.model.architecture import Architecture
 
@@ -53,10 +53,7 @@ class SparseConfig(UpcycleConfig):
             gate, up, down = dense_network(sources[0].weights, network)
             for what, weight in (("gate_up", Joined([gate, up])), ("down", down)):
                 name = f"{network}.experts.{what}"
-                plan[name] = Stacked([self._copy(weight, seed, name, e) for e in range(target.moe.num_experts)])
+                plan[name] = Stacked(
+                    [with_noise(weight, self.copy_noise, seed, f"{name}.{e}") for e in range(target.moe.num_experts)]
+                )
         return plan
-
-    def _copy(self, weight: Lazy, seed: int, name: str, expert: int) -> Lazy:
-        if self.copy_noise == 0:
-            return weight
-        return Sum([weight, Noise(weight.shape, self.copy_noise, seed, f"{name}.{expert}")], [1, 1])

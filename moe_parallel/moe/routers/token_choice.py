@@ -116,7 +116,7 @@ class TokenChoiceConfig(RouterConfig):
         if self.normalize and self.top_k == 1:
             raise ValueError(
                 "router.normalize=true with router.top_k=1 makes every weight exactly 1, so that the router gets no "
-                "gradient; set router.normalize=false, or freeze the routers: 'optim.frozen=[*.router.*]'"
+                "gradient; set router.normalize=false, or freeze the routers: 'optim.frozen=[*router*]'"
             )
 
     def check_device(self, device_type: str, dtype: torch.dtype) -> None:

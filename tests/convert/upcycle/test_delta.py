@@ -13,6 +13,7 @@ from moe_parallel.convert.lazy import Lazy, whole
 from moe_parallel.convert.upcycle.delta import DeltaBase, DeltaConfig, factorized
 from moe_parallel.convert.upcycle.map import Preserves, make_plan
 from moe_parallel.model.architecture import Architecture
+from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.expert_forms import DeltaForm
 from moe_parallel.moe.routers.token_choice import TokenChoiceConfig
 from tests.convert.models import DENSE, SEED, logits, pretrained, relative, with_experts
@@ -116,6 +117,20 @@ def test_experts_at_full_rank_are_what_they_were(config: DeltaConfig) -> None:
         assert promise is (Preserves.exact if rank == 32 else Preserves.approximate)
     assert errors[-1] < FLOAT32 < 1e-3 < errors[-2]
     assert sorted(errors, reverse=True) == errors
+
+
+def test_selection_biases() -> None:
+    """Would catch: a bias that is left behind, by which other experts are chosen; a new one that nobody fills."""
+    biased = BalanceConfig(bias_rate=0.1)
+    plain_source, plain_target = with_experts(3, 48, 2), delta(32)
+    source = pretrained(replace(plain_source, balance=biased), seed=3)
+    target = replace(plain_target, balance=biased)
+    plan = make_plan(FIRST, [source], target, SEED)
+    assert relative(logits(target, plan), logits(source.architecture, source.weights)) < FLOAT32
+    with pytest.raises(ValueError, match=r"router\.bias, .* no place for; set router and balance"):
+        make_plan(FIRST, [source], plain_target, SEED)
+    new = make_plan(FIRST, [pretrained(plain_source)], target, SEED)
+    assert not whole(new["layers.1.ffn.router.bias"]).any()
 
 
 def test_refused() -> None:

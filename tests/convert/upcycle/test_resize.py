@@ -211,6 +211,12 @@ def test_usage_is_counted(tmp_path) -> None:
         load_usage(path, with_experts(4, 24, 2, first_dense_layers=0))
     with pytest.raises(ValueError, match=r"is no file; scripts/count_usage\.py writes one"):
         load_usage(tmp_path / "none", shape)
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match=r"is no file of scripts/count_usage\.py"):
+        load_usage(tmp_path / "text", shape)
+    save_usage(path, {layer: torch.full_like(count_E, torch.nan) for layer, count_E in usage.items()})
+    with pytest.raises(ValueError, match="not a count"):
+        load_usage(path, shape)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moe_parallel.convert.lazy import Cast, whole
 from moe_parallel.convert.upcycle.map import Preserves, make_plan
 from moe_parallel.convert.upcycle.sparse import SparseConfig
-from moe_parallel.moe.chain import ChainBlock, ChainConfig
+from moe_parallel.moe.chain import ChainBlock, ChainConfig, Renormalize
 from tests.convert.models import DENSE, SEED, logits, pretrained, relative, with_experts
 from tests.convert.upcycle.networks import losses
 
@@ -38,19 +39,38 @@ def test_losses_of_multi_token_prediction() -> None:
 
 
 def test_chains() -> None:
-    """Would catch: a promise that later passes of a chain break, or one that is not given although they are silent."""
+    """Would catch: a promise that later passes of a chain break, or one that is not given although they are silent;
+    norms of later iterations, which no dense model has, as a KeyError."""
     source = pretrained()
-    for learned, block, promise in (
-        (True, ChainBlock.pre_norm, Preserves.exact),
-        (False, ChainBlock.pre_norm, Preserves.approximate),
-        (True, ChainBlock.reference, Preserves.approximate),
+    own, none = Renormalize.per_iteration, Renormalize.none
+    for learned, block, norms, promise in (
+        (True, ChainBlock.pre_norm, none, Preserves.exact),
+        (True, ChainBlock.pre_norm, own, Preserves.exact),
+        (False, ChainBlock.pre_norm, none, Preserves.approximate),
+        (True, ChainBlock.reference, none, Preserves.approximate),
     ):
-        chain = ChainConfig(iterations=2, learned_scale=learned, block=block)
+        chain = ChainConfig(iterations=2, learned_scale=learned, block=block, renormalize=norms)
         target = with_experts(4, 48, 3, chain=chain)
         assert SparseConfig().preserves([source.architecture], target) is promise
         plan = make_plan(SparseConfig(), [source], target, SEED)
+        if norms is own:
+            ours, theirs = (whole(plan[f"layers.1.{name}.weight"]) for name in ("later_norms.0", "ffn_norm"))
+            assert torch.equal(ours, theirs), "a norm of a later iteration starts otherwise than the layer's"
         off = relative(logits(target, plan), logits(DENSE, source.weights))
         assert off < 1e-13 if promise is Preserves.exact else off > 1e-3
+
+
+def test_noise_in_other_types() -> None:
+    """Would catch: noise that can be added to float32 only. What it changes is of its size: 0.01, of 24 k numbers."""
+    source, target = pretrained(), with_experts(4, 48, 3)
+    wide = {name: Cast(lazy, torch.float64) for name, lazy in source.weights.items()}
+    name = "layers.1.ffn.experts.gate_up"
+    plain, noisy = (
+        whole(make_plan(SparseConfig(copy_noise=std), [replace(source, weights=wide)], target, SEED)[name])
+        for std in (0, 0.01)
+    )
+    assert noisy.dtype is torch.float64
+    assert float((noisy - plain).std()) == pytest.approx(0.01, rel=0.05)
 
 
 def test_other_functions_are_not_called_exact() -> None:
