@@ -14,7 +14,7 @@ from moe_parallel.convert.function import differences
 from moe_parallel.convert.huggingface.folder import is_model, open_model
 from moe_parallel.convert.lazy import Constant, Lazy
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
-from moe_parallel.convert.upcycle.map import OptimizerState, Plan, UpcycleConfig, drawn, make_plan
+from moe_parallel.convert.upcycle.map import OptimizerState, Plan, UpcycleConfig, drawing, make_plan
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.initialize import FreshConfig, InitConfig
 from moe_parallel.options import ConfigError, architecture_of, load_config
@@ -110,7 +110,8 @@ def _same_model(config: InitConfig, source: Pretrained, shape: Architecture, see
         f"{name}={ours}, there {theirs}" for name, (ours, theirs) in differences(shape, source.architecture).items()
     ]:
         log.warning("the weights are of a model that computes something else: %s", "; ".join(told))
-    return {n: theirs[n] if n in theirs else drawn(n, s, shape, config, seed) for n, s in shapes.items()}
+    draw = drawing(shape, config, seed)
+    return {name: theirs[name] if name in theirs else draw(name) for name in shapes}
 
 
 def _moments(weights: Plan, sources: list[Pretrained]) -> Plan:

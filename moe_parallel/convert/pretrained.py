@@ -33,3 +33,9 @@ def shapes_of(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     if architecture.model.tie_embeddings:
         del state["head.weight"]
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def buffers_of(architecture: Architecture) -> dict[str, torch.Tensor]:
+    """What routers keep and no gradient moves, without memory, by name."""
+    with torch.device("meta"):
+        return dict(Transformer(architecture).named_buffers())

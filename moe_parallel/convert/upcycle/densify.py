@@ -6,6 +6,7 @@ Knowledge gathering of "One Student Knows All Experts Know" (arXiv 2201.10890), 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from enum import Enum
 
@@ -53,7 +54,7 @@ class DensifyConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gather_scale <= 0:
+        if not 0 < self.gather_scale < math.inf:
             raise ValueError(f"init.gather_scale={self.gather_scale} must be positive")
         if self.gather_rank is not None and self.gather is not Gather.svd:
             raise ValueError(

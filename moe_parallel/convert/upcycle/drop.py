@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from enum import Enum
 
@@ -56,7 +57,7 @@ class DropConfig(UpcycleConfig):
         super().__post_init__()
         if not 0 <= self.drop_fraction <= 1:
             raise ValueError(f"init.drop_fraction={self.drop_fraction} must lie in 0..1")
-        if self.drop_noise is not None and self.drop_noise <= 0:
+        if self.drop_noise is not None and not 0 < self.drop_noise < math.inf:
             raise ValueError(f"init.drop_noise={self.drop_noise} must be positive; null draws weights anew")
 
     def check(self, sources: Sequence[Architecture], target: Architecture) -> None:

@@ -66,7 +66,7 @@ class GranularConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.copy_noise < 0:
+        if not 0 <= self.copy_noise < math.inf:
             raise ValueError(f"init.copy_noise={self.copy_noise} must not be negative; 0 leaves the copies equal")
 
     def check(self, sources: Sequence[Architecture], target: Architecture) -> None:

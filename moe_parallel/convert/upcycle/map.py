@@ -14,10 +14,10 @@ from torch import Tensor
 from moe_kernels.hashing import hash_key
 from moe_parallel.checkpoint.pieces import Box
 from moe_parallel.convert.function import function_of
-from moe_parallel.convert.lazy import Cast, Constant, Lazy, Sum
-from moe_parallel.convert.pretrained import Pretrained, shapes_of
+from moe_parallel.convert.lazy import Cast, Constant, Given, Lazy, Sum
+from moe_parallel.convert.pretrained import Pretrained, buffers_of, shapes_of
 from moe_parallel.model.architecture import Architecture
-from moe_parallel.model.initialize import InitConfig, init_part, normal_part
+from moe_parallel.model.initialize import InitConfig, init_buffer, init_part, normal_part
 from moe_parallel.moe.chain import ChainBlock
 from moe_parallel.moe.expert_forms import ExpertForm
 from moe_parallel.moe.routers.token_choice import TokenChoiceConfig
@@ -79,7 +79,7 @@ def make_plan(config: UpcycleConfig, sources: Sequence[Pretrained], target: Arch
     """
     config.check([source.architecture for source in sources], target)
     shapes = shapes_of(target)
-    plan = config.plan(sources, target, lambda name: drawn(name, shapes[name], target, config, seed), seed)
+    plan = config.plan(sources, target, drawing(target, config, seed), seed)
     missing, unknown = shapes.keys() - plan.keys(), plan.keys() - shapes.keys()
     assert not missing, f"the plan misses {sorted(missing)}"
     assert not unknown, f"the plan has {sorted(unknown)}, which the model has not"
@@ -88,11 +88,18 @@ def make_plan(config: UpcycleConfig, sources: Sequence[Pretrained], target: Arch
     return {name: plan[name] for name in shapes}
 
 
-def drawn(name: str, shape: Sequence[int], architecture: Architecture, config: InitConfig, seed: int) -> Lazy:
-    """The first values of a weight in a model that starts from nothing."""
-    if name.endswith(".bias"):  # buffers of routers
-        return Constant(shape)
-    return Drawn(name, shape, architecture, config, seed)
+def drawing(architecture: Architecture, config: InitConfig, seed: int) -> Draw:
+    """First values of all weights and buffers of a model that starts from nothing."""
+    shapes, buffers = shapes_of(architecture), buffers_of(architecture)
+
+    def draw(name: str) -> Lazy:
+        if name not in buffers:
+            return Drawn(name, shapes[name], architecture, config, seed)
+        value = torch.empty_like(buffers[name], device="cpu")
+        init_buffer(value, name, seed)
+        return Given(value, "as new") if value.any() else Constant(shapes[name], dtype=value.dtype)
+
+    return draw
 
 
 class Drawn(Lazy):

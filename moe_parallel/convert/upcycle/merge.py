@@ -65,8 +65,10 @@ class MergeConfig(UpcycleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mix is not None and abs(sum(self.mix) - 1) > 1e-6:
-            raise ValueError(f"init.mix={self.mix} sums to {sum(self.mix):g}; shares must sum to 1")
+        if self.mix is not None and not (min(self.mix, default=-1) >= 0 and abs(sum(self.mix) - 1) <= 1e-6):
+            raise ValueError(
+                f"init.mix={self.mix} sums to {sum(self.mix):g}; shares must not be negative, and sum to 1"
+            )
         if self.router is RouterStart.drawn and self.calibration is not None:
             raise ValueError(
                 f"init.calibration={self.calibration} is not used by init.router=drawn; choose ridge, gates or domains"

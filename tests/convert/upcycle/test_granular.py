@@ -10,7 +10,7 @@ import torch
 
 from moe_parallel.convert.lazy import Lazy, whole
 from moe_parallel.convert.upcycle.granular import GranularConfig, Layout, ScaleMode
-from moe_parallel.convert.upcycle.map import Preserves, drawn, make_plan
+from moe_parallel.convert.upcycle.map import Preserves, drawing, make_plan
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.moe.chain import ChainConfig
 from moe_parallel.moe.routers.expert_choice import ExpertChoiceConfig
@@ -30,8 +30,7 @@ def plan_of(target: Architecture, source=None, **options: Any) -> dict[str, Lazy
 def own_rows(target: Architecture, layer: int) -> Lazy:
     """A router's weight as it would be drawn without groups."""
     name = f"layers.{layer}.ffn.router.weight"
-    shape = (target.moe.num_experts, target.model.dim)
-    return drawn(name, shape, target, GranularConfig(std=0.2), SEED)
+    return drawing(target, GranularConfig(std=0.2), SEED)(name)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -84,7 +83,7 @@ def test_factors_that_round() -> None:
 
 
 def test_losses_of_multi_token_prediction() -> None:
-    """Would catch: experts of these layers that are left out, drawn, or taken from a layer of the decoder."""
+    """Would catch: experts of these layers that are left out, drawing, or taken from a layer of the decoder."""
     shape = replace(DENSE, model=replace(DENSE.model, mtp_layers=2))
     target = with_experts(8, 12, 4)
     target = replace(target, model=replace(target.model, mtp_layers=2))
