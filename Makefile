@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 RANKS ?= 2
 ARGS ?=
 NAME ?= granularity
-# Tests that run at once; most of them are processes of several ranks.
+# Files of tests that run at once; many tests start several processes.
 TEST_JOBS ?= 2
 
 .PHONY: install train test parity parity-slow compare bench bench-gpu bench-gpu-train bench-checkpoint bench-convert bench-nodes bench-overlap bench-plan bench-skew bench-scaling check format help clean
@@ -48,7 +48,7 @@ train: $(READY)
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) train.py parallel.ep=$(RANKS) parallel.shard=1 resume=auto $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
 parity: $(READY)
 	$(BIN)/python -m pytest -q tests/parity $(ARGS)

@@ -63,10 +63,6 @@ def runner(tmp_path, small_corpus):
 def pytest_collection_modifyitems(items):
     import torch
 
-    for item in items:  # what a module has made once stays in one worker
-        fixtures = [found[-1] for found in item._fixtureinfo.name2fixturedefs.values()]
-        if any(fixture.scope == "module" for fixture in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
