@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -19,7 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from moe_parallel.checkpoint.pieces import Box, Pieces
 from moe_parallel.checkpoint.state import TorchState, TrainingState
-from moe_parallel.convert.lazy import Lazy
+from moe_parallel.convert.lazy import Lazy, row_boxes, slices
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.transformer import Transformer
 
@@ -65,11 +64,10 @@ def fill(entry: Tensor | Pieces, lazy: Lazy) -> None:
     """Read what a rank holds of one tensor."""
     if tuple(entry.shape) != lazy.shape:
         raise ValueError(f"{lazy} has shape {lazy.shape}, the model {tuple(entry.shape)}")
-    for (offsets, _), target in _held(entry):
-        for rows in _row_ranges(target):
-            part = target[rows] if target.ndim else target
-            first = (offsets[0] + rows.start, *offsets[1:]) if target.ndim else ()
-            part.copy_(lazy.read((first, tuple(part.shape))))
+    for (offsets, sizes), target in _held(entry):
+        for box in row_boxes(sizes, target.dtype, _CHUNK_BYTES):
+            place = tuple(offset + within for offset, within in zip(offsets, box[0], strict=True))
+            target[slices(box)].copy_(lazy.read((place, box[1])))
 
 
 def _held(entry: Tensor | Pieces) -> Iterator[tuple[Box, Tensor]]:
@@ -84,16 +82,6 @@ def _held(entry: Tensor | Pieces) -> Iterator[tuple[Box, Tensor]]:
         yield (tuple(offsets), tuple(sizes)), local
     else:
         yield ((0,) * entry.ndim, tuple(entry.shape)), entry
-
-
-def _row_ranges(target: Tensor) -> Iterator[slice]:
-    if target.ndim == 0 or target.numel() == 0:
-        yield from [slice(0, 0)] if target.ndim == 0 else []
-        return
-    row_bytes = max(1, math.prod(target.shape[1:]) * target.element_size())
-    step = max(1, _CHUNK_BYTES // row_bytes)
-    for start in range(0, target.shape[0], step):
-        yield slice(start, min(start + step, target.shape[0]))
 
 
 def _index(named: Mapping[str, Lazy]) -> Metadata:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +42,21 @@ def whole(lazy: Lazy) -> Tensor:
     return lazy.read(((0,) * len(lazy.shape), lazy.shape))
 
 
+def size_bytes(lazy: Lazy) -> int:
+    """Of all of it."""
+    return math.prod(lazy.shape) * lazy.dtype.itemsize
+
+
+def row_boxes(shape: Sequence[int], dtype: torch.dtype, most_bytes: int) -> Iterator[Box]:
+    """Boxes of whole rows that make up a tensor, none of them larger than this, but for a single row."""
+    if not shape or math.prod(shape) == 0:
+        yield (0,) * len(shape), tuple(shape)
+        return
+    rows = max(1, most_bytes // (math.prod(shape[1:]) * dtype.itemsize))
+    for first in range(0, shape[0], rows):
+        yield (first, *(0 for _ in shape[1:])), (min(rows, shape[0] - first), *shape[1:])
+
+
 class Constant(Lazy):
     """One number everywhere."""
 
@@ -66,7 +81,7 @@ class Given(Lazy):
         self.shape, self.dtype = tuple(value.shape), value.dtype
 
     def read(self, box: Box) -> Tensor:
-        return self.value[_slices(box)]
+        return self.value[slices(box)]
 
     def moment(self, order: int) -> Lazy:
         return Constant(self.shape)
@@ -88,7 +103,7 @@ class Computed(Lazy):
     def read(self, box: Box) -> Tensor:
         value = self.compute()
         assert (tuple(value.shape), value.dtype) == (self.shape, self.dtype), self.text
-        return value[_slices(box)]
+        return value[slices(box)]
 
     def moment(self, order: int) -> Lazy:
         return Constant(self.shape)
@@ -281,7 +296,8 @@ def columns_of(inner: Lazy, first: int, count: int) -> Part:
     return Part(inner, ((*(0 for _ in before), first), (*before, count)))
 
 
-def _slices(box: Box) -> tuple[slice, ...]:
+def slices(box: Box) -> tuple[slice, ...]:
+    """What indexes a box of a tensor."""
     return tuple(slice(offset, offset + size) for offset, size in zip(*box, strict=True))
 
 

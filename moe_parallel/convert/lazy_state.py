@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,22 +10,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from moe_parallel.checkpoint.pieces import Box
-from moe_parallel.convert.lazy import Lazy
+from moe_parallel.convert.lazy import Lazy, row_boxes
 
 PART_BYTES = 1 << 24
 """Of a part of a tensor as it is stored: what is in memory at a time. From 32 MiB on every part would be new memory."""
-
-
-def row_boxes(lazy: Lazy, part_bytes: int) -> Iterator[Box]:
-    """Boxes of whole rows that make up a tensor, none of them larger than this, but for a single row."""
-    shape = lazy.shape
-    if not shape or math.prod(shape) == 0:
-        yield (0,) * len(shape), shape
-        return
-    rows = max(1, part_bytes // (math.prod(shape[1:]) * lazy.dtype.itemsize))
-    for first in range(0, shape[0], rows):
-        yield (first, *(0 for _ in shape[1:])), (min(rows, shape[0] - first), *shape[1:])
 
 
 class LazyState:
@@ -57,7 +44,9 @@ class _Entry:
 
     def __init__(self, lazy: Lazy) -> None:
         self._lazy = lazy
-        self._boxes = {torch.Size(offsets): (offsets, sizes) for offsets, sizes in row_boxes(lazy, PART_BYTES)}
+        self._boxes = {
+            torch.Size(offsets): (offsets, sizes) for offsets, sizes in row_boxes(lazy.shape, lazy.dtype, PART_BYTES)
+        }
 
     def size(self) -> torch.Size:
         """Shape of the whole tensor, under the name that torch's planners ask for."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moe_parallel.convert.lazy import Lazy
+from moe_parallel.convert.lazy import Lazy, size_bytes
 from moe_parallel.convert.upcycle.map import Drawn
 
 _LAYER = re.compile(r"\b(layers|mtp)\.(\d+)\.")
@@ -76,11 +76,6 @@ def shortened(recipe: str) -> str:
         return recipe
     half = _MOST_LETTERS // 2
     return f"{recipe[:half]} ... {recipe[-half:]}"
-
-
-def size_bytes(lazy: Lazy) -> int:
-    """Of the whole tensor."""
-    return math.prod(lazy.shape) * lazy.dtype.itemsize
 
 
 def _bytes(number: int) -> str:

@@ -142,7 +142,7 @@ def _compare(
     entropy: dict[str, float] = {}
     device, context = new.embedding.weight.device, ForwardContext(training=False)
     for batch in (batch.to(device) for batch in batches):
-        wanted, got = old(batch, context)[0], None
+        wanted = old(batch, context)[0]
         got, stats = new(batch, context)
         valid = batch.document_BS >= 0
         difference += float((got - wanted)[valid].double().square().sum())

@@ -126,8 +126,6 @@ def _fill(
         local.fill_(1.0)
     elif name.endswith(_ZERO) or _BIAS.search(name) or (len(shape) < 2 and _OF_ROUTER.search(name)):
         local.zero_()
-    elif _DOMAINS.search(name) is not None:
-        _fill_normal(local, shape, held, 1.0, hash_key(seed, name))
     elif len(shape) >= 2:
         scaled = config.scale_output_by_depth and _RESIDUAL_OUTPUT.search(name) is not None
         std = config.std / math.sqrt(2 * num_layers) if scaled else config.std

@@ -16,8 +16,19 @@ from typing import Any
 import torch
 
 from moe_parallel.convert.huggingface.families import architecture_of_config
-from moe_parallel.convert.lazy import Cast, Constant, Joined, Lazy, Scaled, Stacked, columns_of, expert_of, rows_of
-from moe_parallel.convert.lazy_state import PART_BYTES, row_boxes
+from moe_parallel.convert.lazy import (
+    Cast,
+    Constant,
+    Joined,
+    Lazy,
+    Scaled,
+    Stacked,
+    columns_of,
+    expert_of,
+    row_boxes,
+    rows_of,
+)
+from moe_parallel.convert.lazy_state import PART_BYTES
 from moe_parallel.convert.pretrained import shapes_of
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.attention import GroupedQueryConfig, QKNorm
@@ -159,7 +170,7 @@ def config_of_weights(config: Mapping[str, Any], theirs: Mapping[str, Lazy]) -> 
 
 def _equal(one: Lazy, other: Lazy) -> bool:
     """All of their elements, a part at a time."""
-    boxes = row_boxes(one, PART_BYTES)
+    boxes = row_boxes(one.shape, one.dtype, PART_BYTES)
     return one.shape == other.shape and all(
         torch.equal(one.read(box).float(), other.read(box).float()) for box in boxes
     )

@@ -17,8 +17,7 @@ import torch
 
 from moe_parallel.checkpoint.folder import sync
 from moe_parallel.convert.huggingface.files import CONFIG, DTYPES, INDEX, SINGLE
-from moe_parallel.convert.lazy import Lazy
-from moe_parallel.convert.lazy_state import row_boxes
+from moe_parallel.convert.lazy import Lazy, row_boxes, size_bytes
 
 GB = 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -52,10 +51,6 @@ def plan_shards(weights: Mapping[str, Lazy], shard_bytes: int) -> list[Shard]:
         f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
     ]  # fmt: skip
     return [_shard(file, {name: weights[name] for name in group}) for file, group in zip(files, groups)]
-
-
-def size_bytes(lazy: Lazy) -> int:
-    return math.prod(lazy.shape) * lazy.dtype.itemsize
 
 
 def write_folder(
@@ -154,7 +149,7 @@ def _write_shard(file: Path, shard: Shard, weights: Mapping[str, Lazy], pool: Th
 def _write_tensor(descriptor: int, start: int, lazy: Lazy) -> None:
     if size_bytes(lazy) == 0:
         return
-    for box in row_boxes(lazy, _CHUNK_BYTES):
+    for box in row_boxes(lazy.shape, lazy.dtype, _CHUNK_BYTES):
         part = lazy.read(box).contiguous()
         assert part.dtype == lazy.dtype, str(lazy)
         data = part.view(-1).view(torch.uint8).numpy()
