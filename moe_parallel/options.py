@@ -328,7 +328,8 @@ def explain(error: Exception, arguments: list[str]) -> list[str]:
         return named or [_unknown_option(key.group(1) if key else unknown.group(1), where)]
     if choice := re.search(r"Could not find '(.+)/([^/']*)'", text):
         group, name = choice.groups()
-        choices = re.findall(r"^\t(\w+)$", text.split("Config search path")[0], re.MULTILINE)
+        found = re.findall(r"^\t(\w+)$", text.split("Config search path")[0], re.MULTILINE)
+        choices = [name for name in found if not name.endswith("_schema")]  # those are what choices are made of
         return [
             f"{group}={name}{where if where != ' in train.yaml' else ''}: there is no such choice"
             f"{did_you_mean(name, choices) or ';'} choices: {', '.join(choices) or 'none'}"

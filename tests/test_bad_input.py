@@ -23,6 +23,8 @@ COMMAND_LINE: list[tuple[list[str], list[str]]] = [
     (["+foo=1", "+moe.foo=2", "++train.step=3"], ["option foo;", "option moe.foo;", "step; did you mean train.steps"]),
     (["+data.sources.0.pathes=[x]"], ["unknown option data.sources.0.pathes; did you mean data.sources[].paths"]),
     (["model=tinny"], ["model=tinny: there is no such choice; did you mean tiny? choices: deepseek_v2_lite, "]),
+    # What a choice is made of is none itself.
+    (["init=upcycl"], ["did you mean upcycle? choices: add_domain, adjugate, chain, delta, "]),
     (["experiment=mine"], ["experiment=mine: there is no such choice; choices: gshard, pretrain_deepseek"]),
     (["experiments=mine"], ["unknown option experiments; `--help` lists all, --config-dir adds groups of yours"]),
     (["train.steps=many"], ["train.steps=many: Value 'many' of type 'str' could not be converted to Integer"]),
