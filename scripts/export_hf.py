@@ -74,10 +74,10 @@ def export(arguments: argparse.Namespace) -> list[str]:
     lines = [f"written     {arguments.out}: {config['architectures'][0]} in {arguments.dtype}, from {source.path}"]
     if tokenizer is None:
         lines.append(f"tokenizer   none: {source.path} lies in no run's folder; copy its tokenizer there")
-    elif (made := loads_otherwise(arguments.out, tokenizer)) is not None:
+    elif (found := loads_otherwise(arguments.out, tokenizer)) is not None:
         lines.append(
-            f"warning     AutoTokenizer makes a {made} of this tokenizer for model_type={config['model_type']}, with "
-            f"other ids; load it by PreTrainedTokenizerFast.from_pretrained('{arguments.out}')"
+            f"warning     with this tokenizer and model_type={config['model_type']} AutoTokenizer {found}; load it by "
+            f"PreTrainedTokenizerFast.from_pretrained('{arguments.out}')"
         )
     return lines
 

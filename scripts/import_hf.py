@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from moe_data.tokenizers import Tokenizer, TokenizerConfig, TokenizerKind, build_tokenizer
+from moe_data.tokenizers import TokenizerConfig, TokenizerKind, build_tokenizer
 from moe_parallel.checkpoint.checkpointer import CheckpointConfig, Checkpointer
 from moe_parallel.checkpoint.folder import CheckpointError
 from moe_parallel.convert.huggingface.files import CONFIG, read_json
@@ -80,7 +80,12 @@ def take_in(arguments: argparse.Namespace) -> list[str]:
     tokenizer = _tokenizer(source, arguments)
     lines = _facts(found, tokenizer)
     if tokenizer is not None:
-        _check_vocabulary(found.architecture, build_tokenizer(tokenizer))
+        try:
+            _check_tokenizer(found.architecture, tokenizer)
+        except ValueError as error:
+            if arguments.config_to is not None or arguments.run is not None:
+                raise
+            lines.append(f"warning     {error}")  # who only looks need not have one
     if arguments.config_to is not None:
         name = arguments.name or re.sub(r"\W+", "_", source.name).strip("_").lower()
         lines += ["", *_write_preset(arguments.config_to, name, found, tokenizer)]
@@ -103,7 +108,11 @@ def _tokenizer(source: Path, arguments: argparse.Namespace) -> TokenizerConfig |
     return TokenizerConfig(kind=TokenizerKind.file, path=str(where), end_of_document=arguments.end_of_document)
 
 
-def _check_vocabulary(shape: Architecture, tokenizer: Tokenizer) -> None:
+def _check_tokenizer(shape: Architecture, options: TokenizerConfig) -> None:
+    try:
+        tokenizer = build_tokenizer(options)
+    except ValueError as error:
+        raise ValueError(f"{error}; or give another tokenizer.json by --tokenizer") from error
     if tokenizer.vocab_size > shape.vocab_size:
         raise ValueError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1:,}, the embedding {shape.vocab_size:,} rows; give "

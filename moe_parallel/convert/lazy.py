@@ -1,7 +1,8 @@
 """Tensors that are described before they are read: what conversions between models are made of.
 
-A plan is a dict of these by name. To make one reads nothing, so it can be printed and checked first; then each rank
-reads the boxes that it holds, from wherever their elements come, and nobody ever has the whole model.
+A plan is a dict of these by name. It is made without reading what it is made of, so it can be printed and checked
+first; then each rank reads the boxes that it holds, from wherever their elements come, and nobody ever has the whole
+model.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ class WatchedEngine(NativeEngine):
         """As a first step would; leaves gradients of zeros behind."""
         with self.mode:
             for parameter in self.model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
             self.optimizer.step()
         self.tag_optimizer_state()
 

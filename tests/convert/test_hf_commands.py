@@ -135,7 +135,10 @@ def test_tokenizers(tmp_path: Path, kind: str) -> None:
     if kind == "folder":
         assert (theirs.bos_token, theirs.chat_template) == ("<bos>", "{{ messages }}")
     (out / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    assert loads_otherwise(out, ours) == "Qwen2Tokenizer"
+    assert loads_otherwise(out, ours) == "makes a Qwen2Tokenizer of it, with other ids"
+    (out / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (out / "tokenizer_config.json").write_text("{")
+    assert "fails with " in str(loads_otherwise(out, ours))
 
 
 def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +290,11 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     copy_tokenizer(folder, copied)
     said = refused("import_hf", bare, "--run", tmp_path / "new", "--tokenizer", copied)
     assert "ids up to 256, the embedding 50 rows" in said
+    (bare / "tokenizer.json").write_text("{}")
+    assert "or give another tokenizer.json by --tokenizer" in refused("import_hf", bare, "--run", tmp_path / "new")
+    looked = call("import_hf", monkeypatch, capsys, bare)  # without a use for it
+    assert "warning     tokenizer.path=" in looked
+    assert "parameters" in looked
     assert "exists already" in refused("export_hf", tmp_path / "run", folder)
     for size in ("nan", "inf"):
         assert f"gigabytes {size} must be" in refused(

@@ -15,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from moe_parallel.convert.function import differences
-from moe_parallel.convert.huggingface.classes import FAMILIES
+from moe_parallel.convert.huggingface.classes import FAMILIES, Family
 from moe_parallel.convert.huggingface.keys import Keys, refuse, shown
 from moe_parallel.convert.huggingface.rope import write_rope
 from moe_parallel.model.architecture import Architecture, ModelConfig
@@ -37,9 +39,15 @@ def architecture_of_config(config: Mapping[str, Any]) -> Architecture:
     Raises:
         ValueError: a class that is not known here, or a key whose value has no counterpart; says which.
     """
-    kind = _known(config.get("model_type"))
-    family = FAMILIES[kind]
-    keys = Keys(config, {**_DEFAULTS, **family.defaults})
+    family = FAMILIES[_known(config.get("model_type"))]
+    try:
+        return _read(family, Keys(config, {**_DEFAULTS, **family.defaults}))
+    except ValidationError as error:  # of our options: the text for users is within
+        told = "; ".join(str(found.get("ctx", {}).get("error", found["msg"])) for found in error.errors())
+        raise ValueError(f"config.json describes a model that cannot be made: {told}") from None
+
+
+def _read(family: Family, keys: Keys) -> Architecture:
     for name, values in {**_ONLY, **family.only}.items():
         keys.only(name, *values)
     if family.window is not None and family.window(keys):
@@ -59,7 +67,7 @@ def architecture_of_config(config: Mapping[str, Any]) -> Architecture:
         tie_embeddings=bool(keys("tie_word_embeddings")),
         norm_epsilon=keys("rms_norm_eps"),
         max_sequence_tokens=keys.get("max_position_embeddings"),
-        mtp_layers=_mtp_layers(config),
+        mtp_layers=_mtp_layers(keys.config),
     )
     moe, router = (MoEConfig(), TokenChoiceConfig()) if experts is None else (experts.moe, experts.router)
     balance = BalanceConfig(bias_rate=BIAS_RATE if experts is not None and experts.has_bias else 0.0)

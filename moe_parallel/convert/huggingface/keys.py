@@ -5,16 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_WHOLE = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "original_max_position_embeddings"),
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size", "first_k_dense_replace", "n_group", "topk_group"),
+    *("num_nextn_predict_layers", "num_mtp_layers"),
+}
+_NUMBERS = {
+    *("rms_norm_eps", "rope_theta", "partial_rotary_factor", "routed_scaling_factor", "factor"),
+    *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"),
+}
+_SWITCHES = {"tie_word_embeddings", "norm_topk_prob", "qkv_bias", "use_sliding_window", "truncate"}
+
 
 class Keys:
     """The keys of one config.json.
 
     Args:
         defaults: what the class in transformers takes where a key is left out.
+    Raises:
+        ValueError: a key that is there and not null, but not of its kind: a text, say, where a number belongs.
     """
 
     def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self.config, self.defaults = config, defaults
+        _check_kinds(config)
+        for name in ("rope_scaling", "rope_parameters"):
+            _check_kinds(self.several(name, dict))
 
     def __call__(self, name: str) -> Any:
         """The value of a key. Raises ValueError if neither the file nor the class has one."""
@@ -37,7 +56,7 @@ class Keys:
     def need(self, name: str) -> int:
         """The value of a key that must be a whole number."""
         value = self(name)
-        if not isinstance(value, int) or isinstance(value, bool):
+        if type(value) is not int:
             refuse(name, value, "a whole number is needed")
         return int(value)
 
@@ -47,6 +66,18 @@ class Keys:
         if value is not None and not isinstance(value, kind):
             refuse(name, value, "a list is needed" if kind is list else "an object is needed")
         return value or kind()
+
+
+def _check_kinds(values: Mapping[str, Any]) -> None:
+    kinds = (
+        (_WHOLE, (int,), "a whole number"),
+        (_NUMBERS, (int, float), "a number"),
+        (_SWITCHES, (bool,), "true or false"),
+    )
+    for names, kind, called in kinds:
+        for name in sorted(names & values.keys()):
+            if values[name] is not None and type(values[name]) not in kind:
+                refuse(name, values[name], f"{called} is needed")
 
 
 def refuse(name: str, value: Any, why: str) -> None:

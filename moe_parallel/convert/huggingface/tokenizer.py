@@ -92,16 +92,19 @@ def special_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def loads_otherwise(folder: Path, tokenizer: Tokenizer) -> str | None:
-    """What AutoTokenizer makes of a written folder if it gives other ids than the tokenizer; None if all is well.
+    """What AutoTokenizer does with a written folder, if it is not to give the tokenizer's ids; None if all is well.
 
     For some model types transformers builds a class of its own around the vocabulary, whatever the file says.
     """
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of whatever class it took; the folder is good all the same
+        return f"fails with {type(error).__name__}: {error}"
     ids = loaded(_PROBE, add_special_tokens=False)["input_ids"]
     same = list(ids) == tokenizer.encode(_PROBE).tolist() and loaded.eos_token_id == tokenizer.end_of_document
-    return None if same else type(loaded).__name__
+    return None if same else f"makes a {type(loaded).__name__} of it, with other ids"
 
 
 def imported(source: Path, folder: Path, config: TokenizerConfig) -> TokenizerConfig:

@@ -130,11 +130,6 @@ class RidgeSums:
         self.gram += x_TX.T @ x_TX
         self.target[:, domain] += x_TX.sum(0)
 
-    def add_sums(self, other: RidgeSums) -> None:
-        """Those of another part of the text."""
-        self.gram += other.gram
-        self.target += other.target
-
     def solve(self, ridge: float, temperature: float) -> tuple[Tensor, Tensor]:
         """Rows of a router, (E, D), and its offsets, (E): regression of which domain a token is of, rows divided by
         their length and by the temperature, offsets by the same.

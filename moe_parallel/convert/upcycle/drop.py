@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_kernels.hashing import distinct_integers, hash_key
 from moe_parallel.checkpoint.pieces import Box
-from moe_parallel.convert.lazy import Joined, Lazy, Stacked, whole
+from moe_parallel.convert.lazy import Constant, Joined, Lazy, Stacked, whole
 from moe_parallel.convert.pretrained import Pretrained
 from moe_parallel.convert.upcycle.map import (
     Draw,
@@ -166,7 +166,7 @@ class Redrawn(Lazy):
         return float(entries.mean()), float(entries.std(correction=0))
 
     def moment(self, order: int) -> Lazy:
-        return self._noise.moment(order)
+        return Constant(self.shape, dtype=self.of.moment(order).dtype)
 
     def __str__(self) -> str:
         return "re-drawn with their mean and deviation"

@@ -85,9 +85,10 @@ class AddDomainConfig(UpcycleConfig):
             if name not in old:  # a bias for loss-free balancing that comes with this run
                 plan[name] = draw(name)
             elif name.endswith(".domains"):
-                plan[name] = Joined([old[name], Given(row, f"embedding of {self.calibration}")])
+                new_row = Given(row.to(old[name].dtype), f"embedding of {self.calibration}")
+                plan[name] = Joined([old[name], new_row])
             elif name.endswith((".offset", ".bias")):
-                plan[name] = Joined([old[name], Constant((1,))])
+                plan[name] = Joined([old[name], Constant((1,), dtype=old[name].dtype)])
             else:
                 plan[name] = old[name]
         for network in moe_networks(target):

@@ -150,20 +150,21 @@ def test_seeds() -> None:
     assert not torch.equal(one[0], one[1])
 
 
-def test_moments() -> None:
-    """Would catch: a past for weights that are new. Kept ones keep it."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moments(dtype: torch.dtype) -> None:
+    """Would catch: a past for weights that are new, moments of float64 runs that do not fit. Kept ones keep theirs."""
     source = pretrained()
 
     class Ones(Given):
         def moment(self, order: int) -> Lazy:
             return Given(torch.full_like(self.value, float(order)), "")
 
-    weights: dict[str, Lazy] = {name: Ones(whole(lazy), name) for name, lazy in source.weights.items()}
+    weights: dict[str, Lazy] = {name: Ones(whole(lazy).to(dtype), name) for name, lazy in source.weights.items()}
     plan = plan_of(source=replace(source, weights=weights))
     down, before = whole(plan["layers.0.ffn.experts.down"]), whole(weights["layers.0.ffn.down.weight"])
     for order in (1, 2):
         found = whole(plan["layers.0.ffn.experts.down"].moment(order))
-        assert torch.equal(found, (down == before).float() * order)
+        assert torch.equal(found, (down == before).to(dtype) * order)
     noisy = plan_of(source=replace(source, weights=weights), drop_noise=0.1)
     assert (whole(noisy["layers.0.ffn.experts.down"].moment(1)) == 1).all()
 
