@@ -1,7 +1,7 @@
 """Run a function on several ranks: as processes on gloo, or as threads of one process.
 
-Processes are the real thing and take seconds to start, so tests put many checks into one start. Threads share one
-interpreter and start at once; they cover collectives and FSDP, but no point-to-point operations.
+Processes are the real thing. Importing torch takes them seconds, so they are forked from one that has imported it.
+Threads share one interpreter; they cover collectives and FSDP, but no point-to-point operations.
 """
 
 from __future__ import annotations
@@ -15,8 +15,16 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+
+
+def forked() -> ForkServerContext:
+    """Makes processes that are forked from one that has imported what most of them need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.loaded"])
+    return context
 
 
 class RankFailed(AssertionError):
@@ -40,12 +48,11 @@ def run_threads(fn: Callable[..., Any], world: int, *args: Any, timeout: float =
 
 
 def _start(target: Callable[..., None], processes: int, world: int, fn: Any, args: Any, timeout: float) -> list[Any]:
-    context = multiprocessing.get_context("spawn")
-    before = {name: os.environ.get(name) for name in _QUIET}
-    os.environ.update(_QUIET)
+    context = forked()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         started = [
-            context.Process(target=target, args=(rank, world, folder, fn, args, timeout), daemon=True)
+            context.Process(target=_in, args=(environment, target, rank, world, folder, fn, args, timeout), daemon=True)
             for rank in range(processes)
         ]
         try:
@@ -57,12 +64,13 @@ def _start(target: Callable[..., None], processes: int, world: int, fn: Any, arg
             for process in started:
                 if process.is_alive():
                     process.kill()
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
         return _results(Path(folder), [process.exitcode for process in started])
 
 
-_QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+def _in(environment: dict[str, str], target: Callable[..., None], *args: Any) -> None:
+    os.environ.clear()  # a fork has that of the time when the first one was made
+    os.environ.update(environment)
+    target(*args)
 
 
 def _results(folder: Path, exit_codes: list[int | None]) -> list[Any]:

@@ -7,7 +7,6 @@ on they run train.py like any other process. `command` starts a real one, with o
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import runpy
@@ -22,10 +21,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tests.ranks import forked
+
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "train.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-_LOADED = ["tests.loaded"]
 
 
 @dataclass
@@ -125,8 +125,7 @@ class Runner:
                 environment |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
                 environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # as under torchrun: no rank owns the store
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_LOADED)
+        context = forked()
         processes = [
             context.Process(target=_become_train, args=(rank, arguments, environment, logs, patch), daemon=True)
             for rank, environment in enumerate(environments)

@@ -8,7 +8,6 @@ otherwise the limit would limit nothing.
 from __future__ import annotations
 
 import filecmp
-import multiprocessing
 import resource
 import shutil
 import traceback
@@ -37,6 +36,7 @@ from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.layer import MoEConfig
 from moe_parallel.moe.routers.token_choice import TokenChoiceConfig
 from moe_parallel.optim import OptimConfig
+from tests.ranks import forked
 
 SHAPE = Architecture(
     model=ModelConfig(dim=1024, num_layers=9),
@@ -84,8 +84,7 @@ def _limited(action: Callable[[Path], None], path: Path, limit_mib: int, answer:
 
 def run(action: Callable[[Path], None], path: Path, limit_mib: int) -> str:
     """`done`, or what went wrong, in a process that may allocate so much."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.loaded"])
+    context = forked()
     answer = path / "answer"
     answer.unlink(missing_ok=True)
     process = context.Process(target=_limited, args=(action, path, limit_mib, answer))

@@ -5,7 +5,6 @@ The order is read from events: the start and the wait of each exchange of rows, 
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 import weakref
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +29,7 @@ from moe_parallel.moe.routers.token_choice import TokenChoiceConfig
 from moe_parallel.moe.routing import Choice, ForwardContext, LayerContext, Replay, Routing
 from moe_parallel.row_exchange import RowExchange
 from tests.moe.test_two_hop import CASES, EXPERTS, HERE, WIDTH, Spy, check_same, mesh_of, through
-from tests.ranks import run_ranks, run_threads
+from tests.ranks import forked, run_ranks, run_threads
 
 ROWS = 20
 
@@ -235,7 +234,7 @@ def test_illegal_chunks(chunks, ep, message):
 def test_fake_tensors():
     """A size that is asked from the device although the host knows it, or a collective that a plan's fake group cannot
     start asynchronously: a plan of a large run would stop there."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=forked()) as pool:
         shapes = pool.submit(without_memory).result(timeout=120)
     assert shapes == [(128, 16), (128, 16), (128, 16), (128, 16), (128, 2)]
 

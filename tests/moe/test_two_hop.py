@@ -6,7 +6,6 @@ counted on their way into the collectives.
 
 from __future__ import annotations
 
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from unittest import mock
@@ -22,7 +21,7 @@ from moe_parallel.mesh import ParallelConfig, ParallelMesh, make_layout
 from moe_parallel.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_parallel.moe.dispatch.two_hop import TwoHopConfig, TwoHopDispatcher, check_nodes, node_size
 from moe_parallel.moe.routing import Choice, ForwardContext, LayerContext, Replay, Routing
-from tests.ranks import run_ranks, run_threads
+from tests.ranks import forked, run_ranks, run_threads
 
 RANKS, EXPERTS, WIDTH, TOKENS = 4, 8, 6, 40
 HERE = LayerContext(layer=0, batch_shape=(1, TOKENS))
@@ -303,7 +302,7 @@ def test_node_size(monkeypatch):
 
 def test_fake_tensors():
     """Sizes that are asked from the device although the host knows them: a plan of a large run would stop there."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=forked()) as pool:
         shapes = pool.submit(without_memory).result(timeout=120)
     assert shapes == [(256, 16), (2,), (128, 16), (128, 16), (128, 2)]
 

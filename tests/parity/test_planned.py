@@ -10,7 +10,6 @@ they must be.
 from __future__ import annotations
 
 import math
-import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 
@@ -21,6 +20,7 @@ from moe_parallel.model.counts import MemoryEstimate, count_parameters, memory_p
 from moe_parallel.moe.dispatch.all_to_all import AllToAllConfig
 from moe_parallel.options import architecture
 from tests.parity.plan import CONFIGS, Plan, Planned, Weight, run
+from tests.ranks import forked
 
 GPU_BYTES = 80 * 2**30
 # A tenth of the GPU is left for what is not counted: the allocator's slack, buffers of collectives and kernels.
@@ -52,7 +52,7 @@ def planned(request: pytest.FixtureRequest) -> Iterator[dict[Plan, Future[Planne
     """Results of the selected cases, from two fresh processes: fake and real process groups do not mix in one."""
     items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     plans = dict.fromkeys(plan for item in items for plan in item.callspec.params.values())
-    pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(2, mp_context=forked())
     try:
         yield {plan: pool.submit(run, plan) for plan in plans}
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from moe_parallel.planner.rank import RankTrace, plan_rank
 from moe_parallel.planner.trace_time import messages_of_step
 from tests.planner.real import LAPTOP, Sent, config_of, real_steps
-from tests.ranks import run_ranks
+from tests.ranks import forked, run_ranks
 
 BATCH = "train.global_batch_tokens=1024"  # 16 sequences
 ONE = "train.micro_batch_sequences=1"
@@ -44,7 +43,7 @@ def real() -> dict[tuple[str, int], tuple[int, Sent]]:
 @pytest.fixture(scope="module")
 def planned() -> dict[tuple[str, int], RankTrace]:
     """Of each case the first and the last rank; in processes of their own, for fake groups bear no others."""
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, mp_context=forked()) as pool:
         futures = {
             (name, rank): pool.submit(plan_rank, config_of(overrides, ranks), LAPTOP, rank)
             for name, (ranks, overrides) in CASES.items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from moe_parallel.planner.search import PlanConfig, Planned, Question, estimate,
 from moe_parallel.planner.trace_time import traced_time
 from moe_parallel.relations import check
 from tests.planner.real import config_of
+from tests.ranks import forked
 
 H200 = ClusterConfig(
     nodes=1, ranks_per_node=8, memory_GB=141, memory_GB_per_second=4800, bfloat16_TFLOPS=989, float32_TFLOPS=67,
@@ -116,7 +116,7 @@ def traces() -> dict[str, tuple[Question, RankTrace]]:
     asked = {
         name: question(*LARGE, *own, expert_imbalance=1.5 if name == "skewed" else 1.0) for name, own in TRACED.items()
     }
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, mp_context=forked()) as pool:
         futures = {
             name: pool.submit(plan_rank, q.config, H200, 0, imbalance=q.plan.expert_imbalance)
             for name, q in asked.items()
