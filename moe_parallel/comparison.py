@@ -62,6 +62,9 @@ class Comparison:
     first: list[str] = field(default_factory=list)
     """Runs that are no arms and that arms, or later ones of this list, start from: made before them for each seed, one
     after the other, of other tokens."""
+    prepared: dict[str, str] = field(default_factory=dict)
+    """What else arms start from, by name: commands of scripts/, run after `first` for each seed, one after the other.
+    `{runs}` stands for the folder of all runs, `{run}` for `seed_1` and so on."""
 
 
 def read_comparison(folder: Path) -> Comparison:

@@ -18,6 +18,7 @@ from moe_parallel.convert.upcycle.map import OptimizerState, Plan, UpcycleConfig
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.initialize import FreshConfig, InitConfig
 from moe_parallel.options import ConfigError, architecture_of, load_config
+from moe_parallel.remote_code import has_remote_code, open_remote
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ def open_pretrained(option: str, value: str) -> Pretrained:
         meta = folders.read_meta(path)
         shape = architecture_of(meta["identity"], str(path))
         return Pretrained(path, shape, weights_of_checkpoint(path), steps_of_optimizer(path))
+    if has_remote_code(path):
+        return open_remote(path)
     if is_model(path):
         return open_model(path)
     near = sorted(path.glob("**/step_*/meta.json"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -117,6 +118,26 @@ def train_all(todo: dict[RunKey, list[str]], folders: dict[RunKey, Path], jobs: 
             ended.result()
 
 
+def prepare(made: Path, text: str, base: Path) -> None:
+    """Run a command of `prepared` unless it has ended before. Raises RunFailed if it fails, ValueError if what is there
+    was made by another one."""
+    words = [word.format(runs=base, run=made.name) for word in shlex.split(text)]
+    done = made.with_name(f"{made.name}.done")
+    if done.is_file():
+        if done.read_text() != shlex.join(words):
+            raise ValueError(f"{made} was made by another command: {done.read_text()}; delete it, or choose --runs")
+        return
+    print(f"make {made}", flush=True)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"OMP_WAIT_POLICY": "passive"} | dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "scripts" / words[0]), *words[1:]]
+    ended = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if ended.returncode != 0:
+        last = [line for line in ended.stderr.splitlines() if line.strip()][-1:]
+        raise RunFailed(f"{shlex.join(words)} ended with code {ended.returncode}: {''.join(last)}", ended.returncode)
+    write_text_atomic(done, shlex.join(words))
+
+
 def compare(arguments: argparse.Namespace) -> Results:
     """Check, run what is missing, measure, collect."""
     seeds = seeds_of(arguments.seeds)
@@ -149,8 +170,12 @@ def compare(arguments: argparse.Namespace) -> Results:
         print(f"  {name}: {', '.join(f'{arm} {value}' for arm, value in values.items())}")
     check_alike(comparison, alike)
     todo = {key: commands[key] for key in keys if not is_finished(folders[key], flats[key])}
-    for stage in [*([name] for name in first), comparison.arms]:
-        train_all({key: todo[key] for key in todo if key[0] in stage}, folders, arguments.jobs)
+    for name in first:
+        train_all({key: todo[key] for key in todo if key[0] == name}, folders, arguments.jobs)
+    for name, text in comparison.prepared.items():
+        for seed in seeds:
+            prepare(base / name / f"seed_{seed}", text, base)
+    train_all({key: todo[key] for key in todo if key[0] in comparison.arms}, folders, arguments.jobs)
     measured = measure_runs([folders[key] for key in keys if key[0] not in first])
     outcomes = {
         arm: [read_outcome(folders[arm, seed], measured[folders[arm, seed]]) for seed in seeds]

@@ -53,6 +53,8 @@ def count(given: argparse.Namespace) -> None:
         raise ValueError(f"{given.model} is dense: it has no experts to count")
     texts = [path.read_text() for path in given.text]
     batches = batches_of_text(texts, tokenizer_of(source.path), given.sequence_tokens, given.tokens, rows=8)
+    if not batches:
+        raise ValueError("the text has not two tokens; give more of it")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(source.architecture, source.weights, device=device)
     usage = measure_usage(model, (batch.to(device) for batch in batches))

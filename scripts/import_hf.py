@@ -43,6 +43,7 @@ from moe_parallel.options import (
     plain,
     plain_architecture,
 )
+from moe_parallel.remote_code import has_remote_code
 from moe_parallel.run_folder import RunFolder, describe_environment, write_text_atomic
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -75,6 +76,11 @@ def take_in(arguments: argparse.Namespace) -> list[str]:
         raise ValueError(
             f"{arguments.model} has no {CONFIG}; give the folder of a model on this machine. One of the Hub comes with "
             "`hf download NAME --local-dir FOLDER`"
+        )
+    if has_remote_code(source):
+        raise ValueError(
+            f"{arguments.model} was written by export_hf.py --remote-code: give it as init.weights or init.sources, "
+            "with the options that the model was trained with"
         )
     found = open_model(source)
     tokenizer = _tokenizer(source, arguments)

@@ -159,6 +159,8 @@ def run(command: list[str]) -> int:
         raise ValueError(f"{folder.path} has checkpoints already; choose another run.name, or delete it")
     # Before anything is written: texts may be missing.
     batches = text_of(conversion, given.text, given.tokens) if given.tokens > 0 else []
+    if given.tokens > 0 and not sum(batch.num_targets for batch in batches):
+        raise ValueError("the text has no token to predict; give more of it, or --tokens 0 to compare nothing")
     path = write(conversion, folder)
     print(f"\nmodel       {path}")
     print(f"train       python train.py <the same options but init and run.name> init.weights={folder.path}")

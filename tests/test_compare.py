@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -239,6 +240,25 @@ def test_arms_start_from_a_first_run_of_other_tokens(tmp_path: Path, capsys: pyt
     assert arms["sparse"]["metrics"]["expert_cosine"]["mean"] == pytest.approx(1.0, abs=0.01)
 
 
+def test_what_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: a file that is made of another seed's runs, made twice, or half, or not anew for another command."""
+    compare = command()
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    (tmp_path / "scripts").mkdir()
+    code = "import sys\nopen(sys.argv[1], 'a').write(sys.argv[2] + '\\n')\nsys.exit(sys.argv[2] == 'bad')"
+    (tmp_path / "scripts/note.py").write_text(code)
+    made = tmp_path / "runs/note/seed_2"
+    for _ in range(2):
+        compare.prepare(made, "note.py {runs}/note/{run}.txt {runs}/first/{run}", tmp_path / "runs")
+    assert made.with_suffix(".txt").read_text() == f"{tmp_path}/runs/first/seed_2\n"
+    with pytest.raises(ValueError, match="was made by another command"):
+        compare.prepare(made, "note.py {runs}/note/{run}.txt other", tmp_path / "runs")
+    for _ in range(2):  # what failed is tried again
+        with pytest.raises(compare.RunFailed, match="bad ended with code 1"):
+            compare.prepare(made.with_name("seed_3"), "note.py {runs}/note/{run}.txt bad", tmp_path / "runs")
+    assert (made.parent / "seed_3.txt").read_text() == "bad\nbad\n"
+
+
 def test_marks(tmp_path: Path) -> None:
     """Would catch: text of a person that is overwritten, results that are put in twice."""
     page = tmp_path / "page.md"
@@ -281,13 +301,19 @@ def arguments(tmp_path: Path, *more: str) -> list[str]:
 
 def main(*given: str, arms: Sequence[str] = ("micro_batch", "global")) -> int:
     """scripts/compare.py in this process, with some arms only; its runs are processes all the same."""
+    module = command()
+    module.read_comparison = lambda folder: replace(read_comparison(folder), arms=list(arms))
+    return module.main(list(given))
+
+
+def command() -> Any:
+    """scripts/compare.py as a module."""
     spec = importlib.util.spec_from_file_location("compare_command", ROOT / "scripts/compare.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.read_comparison = lambda folder: replace(read_comparison(folder), arms=list(arms))
-    return module.main(list(given))
+    return module
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

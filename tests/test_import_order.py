@@ -60,6 +60,8 @@ FLOORS: dict[str, int] = {
     "moe_parallel.tracking": 8,
     "moe_parallel.trainer": 8,
     "moe_parallel.start": 8,
+    "moe_parallel.remote_code": 8,
+    "moe_parallel.causal_lm": 8,
     "moe_parallel.option_texts": 8,
     "moe_parallel.train_options": 8,
     "moe_parallel.options": 8,

@@ -113,6 +113,29 @@ class Computed(Lazy):
         return self.text
 
 
+class Kept(Lazy):
+    """A tensor that stays in memory until another one of the shelf is read, for what is costly and read in parts."""
+
+    def __init__(self, inner: Lazy, shelf: list[Kept]) -> None:
+        self.inner, self.shape, self.dtype = inner, inner.shape, inner.dtype
+        self._shelf = shelf
+        self._value: Tensor | None = None
+
+    def read(self, box: Box) -> Tensor:
+        if self._value is None:
+            for other in self._shelf:
+                other._value = None
+            self._shelf[:] = [self]
+            self._value = whole(self.inner)
+        return self._value[slices(box)]
+
+    def moment(self, order: int) -> Lazy:
+        return self.inner.moment(order)
+
+    def __str__(self) -> str:
+        return str(self.inner)
+
+
 class Part(Lazy):
     """A box of another tensor; `drop` removes dimensions of size 1, by which an expert is taken from a stack."""
 

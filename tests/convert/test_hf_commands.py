@@ -317,5 +317,15 @@ def test_no_class_for_it(
     run = runner.run("chain", *STILL, *PUBLIC, "moe.chain.iterations=2")
     said = call("export_hf", monkeypatch, capsys, run.folder, tmp_path / "out")
     assert "no public class of transformers expresses this model" in said
-    assert "moe.chain.iterations=2" in said
+    assert "moe.chain.iterations=2, there 1. --remote-code writes any model" in said
     assert not (tmp_path / "out").exists()
+    said = call("export_hf", monkeypatch, capsys, run.folder, tmp_path / "out", "--remote-code", "--family", "olmoe")
+    assert "--family olmoe is a public class; leave --remote-code out" in said
+    said = call("export_hf", monkeypatch, capsys, run.folder, tmp_path / "out", "--remote-code", "--dtype", "float32")
+    assert "MoEParallelForCausalLM in float32" in said
+    assert "warning" not in said  # of a tokenizer that is read otherwise
+    said = call("import_hf", monkeypatch, capsys, tmp_path / "out")
+    assert "give it as init.weights or init.sources" in said
+    # Without a step that counts, training from the export starts where the run ended.
+    again = runner.run("again", *STILL, *PUBLIC, "moe.chain.iterations=2", f"init.weights={tmp_path / 'out'}")
+    assert curve(again.folder)[1]["loss/cross_entropy_nats"] == curve(run.folder)[1]["loss/cross_entropy_nats"]

@@ -109,6 +109,7 @@ def test_a_broken_promise_is_an_error(
         (("init.sources=[/nowhere]",), "init.sources.0=/nowhere is not a checkpoint"),
         (("data.validation_sequences=0",), "hold no validation data out; give --text FILE"),
         (("--text=/nowhere.txt",), "/nowhere.txt"),
+        (("--text=/dev/null",), "the text has no token to predict"),
         (("moe.expert_dim=99",), "moe.expert_dim=99 must be 128"),
         (("--tokens=-1",), "--tokens -1 must not be negative"),
     ],

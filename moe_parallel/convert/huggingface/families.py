@@ -100,6 +100,12 @@ def config_of_architecture(architecture: Architecture, family: str | None = None
     raise ValueError(f"no public class of transformers expresses this model; nearest is {'. Or '.join(told)}")
 
 
+def most_positions(architecture: Architecture) -> int:
+    """Tokens of the longest sequence: model.max_sequence_tokens, or what the rotary positions are for."""
+    rope = architecture.attention.rope
+    return architecture.model.max_sequence_tokens or int(rope.original_sequence_tokens * rope.factor)
+
+
 def _known(kind: Any) -> str:
     if kind not in list(FAMILIES):  # it may be anything, and need not have a hash
         raise ValueError(f"model_type={kind} is not known here; known are {', '.join(FAMILIES)}")
@@ -141,7 +147,7 @@ def _attempt(kind: str, architecture: Architecture) -> tuple[dict[str, Any], lis
         "intermediate_size": model.ffn_dim,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": attention.num_heads,
-        "max_position_embeddings": model.max_sequence_tokens or int(rope.original_sequence_tokens * rope.factor),
+        "max_position_embeddings": most_positions(architecture),
         "rms_norm_eps": model.norm_epsilon,
         "tie_word_embeddings": model.tie_embeddings,
         "vocab_size": architecture.vocab_size,

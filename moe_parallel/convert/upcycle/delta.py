@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from moe_parallel.checkpoint.pieces import Box
-from moe_parallel.convert.lazy import Constant, Joined, Lazy, Stacked, Sum, expert_of, rows_of, whole
+from moe_parallel.convert.lazy import Constant, Joined, Kept, Lazy, Stacked, Sum, expert_of, rows_of, whole
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
 from moe_parallel.convert.upcycle.between import check_nothing_is_lost
 from moe_parallel.convert.upcycle.map import (
@@ -100,11 +100,12 @@ class DeltaConfig(UpcycleConfig):
 
     def plan(self, sources: Sequence[Pretrained], target: Architecture, draw: Draw, seed: int) -> Plan:
         plan = self._rest(sources, target, draw)
-        shelf: list[_Kept] = []
+        shelf: list[Kept] = []
         width = target.moe.expert_dim
         for name in moe_networks(target):
             gate_ups, downs = _experts(sources, name, target)
-            bases = _Kept(self._mixed(gate_ups), shelf), _Kept(self._mixed(downs), shelf)
+            # All experts of a layer want their base.
+            bases = Kept(self._mixed(gate_ups), shelf), Kept(self._mixed(downs), shelf)
             plan[f"{name}.base.gate_up.weight"], plan[f"{name}.base.down.weight"] = bases
             # Gate and up are matrices of their own, whose differences have ranks of their own.
             halves = [[rows_of(gate_up, first, width) for first in (0, width)] for gate_up in (*gate_ups, bases[0])]
@@ -168,30 +169,6 @@ def _experts(sources: Sequence[Pretrained], name: str, target: Architecture) -> 
         return list(gate_ups), list(downs)
     networks = [dense_network(source.weights, name) for source in sources]
     return [Joined([gate, up]) for gate, up, _ in networks], [down for _, _, down in networks]
-
-
-class _Kept(Lazy):
-    """A tensor that stays in memory until another one of the shelf is read: all experts of a layer want their base."""
-
-    def __init__(self, inner: Lazy, shelf: list[_Kept]) -> None:
-        self.inner, self.shape, self.dtype = inner, inner.shape, inner.dtype
-        self._shelf = shelf
-        self._value: Tensor | None = None
-
-    def read(self, box: Box) -> Tensor:
-        if self._value is None:
-            for other in self._shelf:
-                other._value = None
-            self._shelf[:] = [self]
-            self._value = whole(self.inner)
-        offsets, sizes = box
-        return self._value[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
-
-    def moment(self, order: int) -> Lazy:
-        return self.inner.moment(order)
-
-    def __str__(self) -> str:
-        return str(self.inner)
 
 
 class _Factors:

@@ -14,7 +14,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from moe_parallel.convert.lazy import Computed, Joined, Lazy, Scaled, Sum, rows_of, whole
+from moe_parallel.convert.lazy import Computed, Joined, Kept, Lazy, Scaled, Sum, rows_of, whole
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
 from moe_parallel.convert.upcycle.between import Network, check_has_experts, check_matrices, network_of
 from moe_parallel.convert.upcycle.map import (
@@ -101,9 +101,10 @@ class DensifyConfig(UpcycleConfig):
 
     def plan(self, sources: Sequence[Pretrained], target: Architecture, draw: Draw, seed: int) -> Plan:
         source = sources[0]
+        shelf: list[Kept] = []
         plan = {name: source.weights[name] for name in shapes_of(target) if name in source.weights}
         for network in moe_networks(source.architecture):
-            gate, up, down = self._gathered(source, network, target)
+            gate, up, down = self._gathered(source, network, target, shelf)
             down = down if self.gather_scale == 1 else Scaled(down, self.gather_scale)
             shared = f"{network}.shared."
             if f"{shared}down.weight" in source.weights:
@@ -117,7 +118,7 @@ class DensifyConfig(UpcycleConfig):
             plan |= {f"{network}.gate.weight": gate, f"{network}.up.weight": up, f"{network}.down.weight": down}
         return plan
 
-    def _gathered(self, source: Pretrained, name: str, target: Architecture) -> Network:
+    def _gathered(self, source: Pretrained, name: str, target: Architecture, shelf: list[Kept]) -> Network:
         moe = source.architecture.moe
         networks = [network_of(source.weights, name, expert) for expert in range(moe.num_experts)]
         if self.gather is Gather.top_k:
@@ -131,8 +132,8 @@ class DensifyConfig(UpcycleConfig):
             return Joined(gates), Joined(ups), Joined(downs, dim=1)
         if self.gather is Gather.svd:
             rank = self._rank(source.architecture)
-            gate, up, down = (_low_rank_sum(weights, rank) for weights in zip(*networks))
-            return gate, up, down
+            reduced = [Kept(_low_rank_sum(weights, rank), shelf) for weights in zip(*networks)]
+            return reduced[0], reduced[1], reduced[2]
         share = 1.0 if self.gather is Gather.sum else 1 / moe.num_experts
         gate, up, down = (Sum(weights, [share] * moe.num_experts) for weights in zip(*networks))
         return gate, up, down

@@ -23,8 +23,7 @@ from moe_parallel.convert.upcycle.map import (
     Plan,
     Preserves,
     UpcycleConfig,
-    check_dense,
-    check_same,
+    check_from_dense,
     check_width,
     dense_network,
     moe_networks,
@@ -87,11 +86,10 @@ class MergeConfig(UpcycleConfig):
             raise ValueError(f"init.mix={self.mix} has {len(self.mix)} shares for the {number} models of init.sources")
         if shared is not None and not 0 <= shared < number:
             raise ValueError(f"init.shared_source={shared} must lie in 0..{number - 1}: a place in init.sources")
+        check_from_dense(sources, target)
         moe = target.moe
-        for place, source in enumerate(sources):
-            check_dense(source, f"init.sources[{place}]")
+        for source in sources:
             check_width("moe.expert_dim", moe.expert_dim, source.model.ffn_dim, "each expert is a whole dense network")
-        check_same(sources, target)
         check_width("model.mtp_layers", target.model.mtp_layers, 0, "multi-token prediction is not merged")
         routed = number - (shared is not None)
         check_width("moe.num_experts", moe.num_experts, routed, "each source is one expert")

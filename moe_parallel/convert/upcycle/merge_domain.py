@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from moe_parallel.convert.lazy import Constant, Given, Joined, Stacked, Sum
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
+from moe_parallel.convert.upcycle.between import check_nothing_is_lost
 from moe_parallel.convert.upcycle.calibration import Method, load_calibration
 from moe_parallel.convert.upcycle.map import (
     Draw,
@@ -16,6 +17,7 @@ from moe_parallel.convert.upcycle.map import (
     Preserves,
     UpcycleConfig,
     check_dense,
+    check_form,
     check_same,
     check_width,
     dense_network,
@@ -60,6 +62,7 @@ class AddDomainConfig(UpcycleConfig):
             )
         if old.router.logit_residual or target.router.logit_residual:
             raise ValueError("router.logit_residual=true has a matrix of all pairs of experts; set it to false")
+        check_form(target)
         check_same(sources, target)
         check_width("model.mtp_layers", target.model.mtp_layers, 0, "multi-token prediction is not merged")
         check_width("moe.num_experts", target.moe.num_experts, old.moe.num_experts + 1, "one expert is added")
@@ -75,6 +78,7 @@ class AddDomainConfig(UpcycleConfig):
     def plan(self, sources: Sequence[Pretrained], target: Architecture, draw: Draw, seed: int) -> Plan:
         old, new = (source.weights for source in numbered(sources))
         shapes = shapes_of(target)
+        check_nothing_is_lost(old, shapes)
         share = 1 / target.moe.num_experts if self.new_share is None else self.new_share
         outside = outside_of_experts(list(shapes), target)
         plan: Plan = {name: Sum([old[name], new[without_chain(name)]], [1 - share, share]) for name in outside}
@@ -102,8 +106,8 @@ class AddDomainConfig(UpcycleConfig):
 def _rest(shape: Architecture) -> dict[str, object]:
     """What must be the same in both, beside what dense models have."""
     moe = dataclasses.asdict(shape.moe)
-    names = ("expert_dim", "num_shared_experts", "shared_expert_gate", "chain")
+    names = ("expert_dim", "expert_form", "num_shared_experts", "shared_expert_gate", "chain")
     router = dataclasses.asdict(shape.router)
-    found = {f"moe.{name}": moe[name] for name in names}
+    found = {f"moe.{name}": getattr(moe[name], "value", moe[name]) for name in names}
     found |= {f"router.{name}": router[name] for name in ("domain_dim", "projection_dim", "logit_offset")}
     return found | {"model.first_dense_layers": shape.model.first_dense_layers}

@@ -133,6 +133,23 @@ def test_parts_are_those_of_the_whole() -> None:
         assert torch.equal(lazy.read(box), whole(lazy)[a : a + n, b : b + m])
 
 
+def test_singular_values_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: all decompositions again for each part of a matrix that is read: hours at real sizes."""
+    source, calls, svd = experts(width=20), [], torch.linalg.svd
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return svd(*arguments, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", counted)
+    plan = make_plan(DensifyConfig(gather=Gather.svd), [source], dense(20), SEED)
+    parts = [plan["layers.0.ffn.up.weight"].read(((first, 0), (5, 32))) for first in range(0, 20, 5)]
+    assert len(calls) == EXPERTS
+    whole(plan["layers.1.ffn.up.weight"])
+    assert torch.equal(whole(plan["layers.0.ffn.up.weight"]), torch.cat(parts))
+    assert len(calls) == 3 * EXPERTS, "more than one matrix is kept"
+
+
 TOP_K, SVD = DensifyConfig(gather=Gather.top_k), DensifyConfig(gather=Gather.svd, gather_rank=33)
 MEAN = DensifyConfig()
 

@@ -19,6 +19,7 @@ from moe_parallel.convert.upcycle.merge import MergeConfig
 from moe_parallel.convert.upcycle.merge_domain import AddDomainConfig
 from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.transformer import Transformer
+from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.routers.domain import DomainConfig
 from moe_parallel.moe.routing import LayerContext
 from tests.convert.models import DENSE, SEED, logits, pretrained, relative, with_experts
@@ -167,6 +168,28 @@ def test_a_new_domain_leaves_logits_of_the_others(tmp_path: Path) -> None:
     torch.testing.assert_close(whole(plan[name]), wanted.float(), rtol=2e-7, atol=0)
 
 
+def test_one_more_is_as_all_at_once(tmp_path: Path) -> None:
+    """Would catch: shares, rows or experts of an addition that differ from those of a merge of all. Two averages in
+    turn are rounded twice: 1e-6 of float32 weights."""
+    rows = torch.randn(3, DOMAIN.domain_dim, generator=torch.Generator().manual_seed(7))
+    for name, part in (("all", slice(0, 3)), ("two", slice(0, 2)), ("third", slice(2, 3))):
+        domains = ["a", "b", "c"][part]
+        Calibration(Method.domains, domains, {"domains": rows[part].clone()}).save(tmp_path / name)
+    shapes = {number: replace(with_experts(number, WIDTH, 1), router=DOMAIN) for number in (2, 3)}
+
+    def merged(number: int, file: str) -> Pretrained:
+        config = MergeConfig(sources=["a", "b", "c"][:number], router="domains", calibration=str(tmp_path / file))
+        plan = make_plan(config, SOURCES[:number], shapes[number], SEED)
+        return Pretrained(Path("merged"), shapes[number], plan)
+
+    config = AddDomainConfig(sources=["two", "c"], calibration=str(tmp_path / "third"))
+    added = make_plan(config, [merged(2, "two"), SOURCES[2]], shapes[3], SEED)
+    wanted = merged(3, "all").weights
+    assert added.keys() == wanted.keys()
+    for name, lazy in wanted.items():
+        torch.testing.assert_close(whole(added[name]), whole(lazy), rtol=1e-6, atol=1e-6)
+
+
 def test_nothing_of_a_model_without_share(tmp_path: Path) -> None:
     """Would catch: a share that has no effect. With share 0 all that is not the new expert's is what it was, bit for
     bit."""
@@ -187,6 +210,8 @@ MERGED = with_experts(3, WIDTH, 2)
     [
         ({}, with_experts(4, WIDTH, 2), "moe.num_experts=4 must be 3: each source is one expert"),
         ({}, with_experts(3, 24, 2), "moe.expert_dim=24 must be 48"),
+        ({}, with_experts(3, WIDTH, 2, expert_form="ternary"), "moe.expert_form=ternary is not what this map makes"),
+        ({}, with_experts(3, WIDTH, 2, expert_form="delta", delta_rank=4), "moe.expert_form=delta is not what"),
         (
             {},
             with_experts(3, WIDTH, 2, num_shared_experts=1),
@@ -221,7 +246,8 @@ def test_refused_options() -> None:
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    """Would catch: rows of two experts in a router of three, a dense model in the place of one with experts."""
+    """Would catch: rows of two experts in a router of three, a dense model in the place of one with experts, experts
+    that are computed otherwise, adjugates and biases that are left out in silence."""
     file = calibrated(tmp_path / "two", Method.ridge, 2)
     config = MergeConfig(sources=["a", "b", "c"], router="ridge", calibration=file)
     with pytest.raises(ValueError, match=r"of the domains domain0, domain1 has \(2, 32\) for layers.1.weight"):
@@ -236,6 +262,18 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             [pretrained(domain_model(2)), SOURCES[0]],
             domain_model(3, num_shared_experts=1),
             "moe.num_shared_experts=1 here, 0 there",
+        ),
+        ([pretrained(domain_model(2)), SOURCES[0]], domain_model(3, expert_form="ternary"), "ternary is not what this"),
+        (
+            [pretrained(domain_model(2, expert_form="ternary")), SOURCES[0]],
+            domain_model(3),
+            "full here, .*ternary there",
+        ),
+        ([pretrained(domain_model(2, adjugate_groups=2)), SOURCES[0]], domain_model(3), "adjugates.*no place for"),
+        (
+            [pretrained(replace(domain_model(2), balance=BalanceConfig(bias_rate=0.1))), SOURCES[0]],
+            domain_model(3),
+            r"router\.bias, .* no place for",
         ),
     ):
         with pytest.raises(ValueError, match=text):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from moe_parallel.convert.checkpoint_source import weights_of_checkpoint
 from moe_parallel.convert.lazy import whole
-from scripts import calibrate
+from scripts import calibrate, upcycle
 from tests.runs import Runner, checkpoints, curve
 
 DENSE = ("model.first_dense_layers=2", "balance=none")
@@ -73,6 +73,35 @@ def test_merged_run(runner: Runner, tmp_path: Path, domains: dict[str, Path], ca
     # float32 sums in another order
     assert shared["loss/cross_entropy_nats"] == pytest.approx(alone["loss/cross_entropy_nats"], rel=1e-5)
     assert shared["experts/max_over_mean"] == alone["experts/max_over_mean"]
+
+
+NEXUS = ("model.first_dense_layers=1", "moe.expert_dim=128", "moe.num_shared_experts=0", "balance=none")
+NEXUS += ("router=domain", "router.domain_dim=64", "router.top_k=1")
+
+
+def test_a_domain_is_added(runner: Runner, tmp_path: Path, domains: dict[str, Path], capsys) -> None:
+    """Would catch: embeddings of the first file that do not reach a model on the disk, a second map that cannot read
+    what the first has written. Copies have no tolerance."""
+    (first, second), texts = map(str, domains.values()), list(domains)
+    size = ["--tokens", "4096", "--sequence-tokens", "32", "--cache-dir", str(runner.corpus / "cache")]
+    files = [tmp_path / "two", tmp_path / "one"]
+    for file, text in zip(files, (texts, texts[:1])):
+        assert (
+            calibrate.main(["--method", "domains", "--to", str(file), "--sources", first, "--text", *text, *size]) == 0
+        )
+    merged = ("run.name=nexus", "init=merge", "init.router=domains", f"init.sources=[{first},{second}]")
+    larger = ("run.name=larger", "init=add_domain", f"init.sources=[{runner.runs / 'nexus'},{first}]")
+    for start, file, experts in zip((merged, larger), files, (2, 3)):
+        given = runner.arguments(*start, *NEXUS, f"init.calibration={file}", f"moe.num_experts={experts}")
+        assert upcycle.main([*given, "--tokens=200"]) == 0, capsys.readouterr().err
+    before, after, dense = (weights(runner.runs / "nexus"), weights(runner.runs / "larger"), weights(Path(first)))
+    old, new = (load_file(file)["domains"] for file in files)
+    assert torch.equal(before["layers.1.ffn.router.domains"], old)
+    assert torch.equal(after["layers.1.ffn.router.domains"], torch.cat([old, new]))
+    for what in ("router.gate_up", "router.project"):
+        assert torch.equal(after[f"layers.1.ffn.{what}"], before[f"layers.1.ffn.{what}"])
+    assert torch.equal(after["layers.1.ffn.experts.down"][:2], before["layers.1.ffn.experts.down"])
+    assert torch.equal(after["layers.1.ffn.experts.down"][2], dense["layers.1.ffn.down.weight"])
 
 
 def test_other_methods_and_mistakes(runner: Runner, tmp_path: Path, domains: dict[str, Path], capsys) -> None:
