@@ -12,7 +12,7 @@ from moe_parallel.checkpoint import folder as folders
 from moe_parallel.convert.checkpoint_source import MOMENTS, steps_of_optimizer, weights_of_checkpoint
 from moe_parallel.convert.function import differences
 from moe_parallel.convert.huggingface.folder import is_model, open_model
-from moe_parallel.convert.lazy import Constant, Lazy
+from moe_parallel.convert.lazy import Constant
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
 from moe_parallel.convert.upcycle.map import OptimizerState, Plan, UpcycleConfig, drawing, make_plan
 from moe_parallel.model.architecture import Architecture
@@ -124,9 +124,11 @@ def _moments(weights: Plan, sources: list[Pretrained]) -> Plan:
         raise ValueError(
             f"init.optimizer_state=source, but {where} has no optimizer state; set init.optimizer_state=fresh"
         )
-    steps: Lazy = Constant((), min(count for count in counted if count is not None))
+    steps = min(count for count in counted if count is not None)
     found: Plan = {}
     for name, lazy in weights.items():
         found |= {f"{name}.{moment}": lazy.moment(order) for order, moment in MOMENTS.items()}
-        found[f"{name}.step"] = steps
+        # What has no past counts from 0: zeros are no means of many steps, and first updates would be of another size.
+        is_new = isinstance(lazy.moment(1), Constant)
+        found[f"{name}.step"] = Constant((), 0 if is_new else steps)
     return found

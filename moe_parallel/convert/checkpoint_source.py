@@ -99,10 +99,10 @@ def weights_of_checkpoint(folder: Path) -> dict[str, Lazy]:
 
 
 def steps_of_optimizer(folder: Path) -> float | None:
-    """Steps that AdamW has counted in a checkpoint; None if it has no optimizer."""
+    """Steps that AdamW has counted in a checkpoint, of the weights that it knows longest; None without an optimizer."""
     files = _Files(folder)
     names = [name for name in files.index.state_dict_metadata if name.endswith(".step")]
-    return float(CheckpointTensor(files, names[0]).read(((), ()))) if names else None
+    return max((float(CheckpointTensor(files, name).read(((), ()))) for name in names), default=None)
 
 
 def counts_of_last_step(folder: Path) -> Tensor | None:

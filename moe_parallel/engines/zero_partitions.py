@@ -271,7 +271,8 @@ def _values(entry: Tensor | Pieces) -> Tensor:
 
 
 def _moments(ranges: list[Held], flat: Tensor, tensors: Entries) -> dict[str, Tensor]:
-    """The optimizer's state of one buffer: moments of its ranges, and one number of steps for all of them."""
+    """The optimizer's state of one buffer: moments of its ranges, and one number of steps for all of them: weights that
+    have not begun, whose moments are zeros, take that of the others."""
     state: dict[str, Tensor] = {}
     steps: dict[float, str] = {}
     for held in ranges:
@@ -279,8 +280,9 @@ def _moments(ranges: list[Held], flat: Tensor, tensors: Entries) -> dict[str, Te
         found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         step = found.pop("step", None)
         if isinstance(step, Tensor):
-            steps[float(step)] = held.name
-            state["step"] = step.to(flat.device)
+            if step > 0:
+                steps[float(step)] = held.name
+            state["step"] = torch.maximum(step.to(flat.device), state.get("step", torch.zeros_like(step)))
         for moment, values in found.items():
             buffer = state.setdefault(moment, torch.zeros_like(flat.detach()))
             held.range_in(buffer).copy_(_values(values))

@@ -14,7 +14,7 @@ import torch
 
 from moe_data.tokenizers import BytesTokenizer
 from moe_parallel import options
-from moe_parallel.convert.checkpoint_source import weights_of_checkpoint
+from moe_parallel.convert.checkpoint_source import CheckpointTensor, weights_of_checkpoint
 from moe_parallel.convert.lazy import Lazy, whole
 from moe_parallel.convert.plan_text import plan_text
 from moe_parallel.convert.upcycle.map import Preserves, UpcycleConfig, make_plan
@@ -129,6 +129,13 @@ def moments(folder: Path, step: int) -> dict[str, tuple[Lazy, Lazy]]:
     return {name: (lazy.moment(1), lazy.moment(2)) for name, lazy in weights.items()}
 
 
+def steps(folder: Path, weight: str) -> float:
+    """That the optimizer had counted of a weight before the first one."""
+    stored = weights_of_checkpoint(folder / "checkpoints/step_00000000")[weight]
+    assert isinstance(stored, CheckpointTensor)
+    return float(whole(CheckpointTensor(stored._files, f"optimizer.{weight}.step")))
+
+
 @pytest.mark.parametrize(
     ("name", "ranks", "more", "patch"),
     [
@@ -154,6 +161,8 @@ def test_optimizer_state(runs: Runner, name: str, ranks: int, more: tuple[str, .
         assert torch.equal(whole(new["layers.1.ffn.experts.gate_up"][order]), torch.cat([gate, up]).expand(4, -1, -1))
         assert torch.equal(whole(new["layers.1.ffn.experts.down"][order]), down.expand(4, -1, -1))
         assert not whole(new["layers.1.ffn.router.weight"][order]).any()
+        assert steps(run.folder, "layers.1.ffn.experts.down") == 12
+        assert steps(run.folder, "layers.1.ffn.router.weight") == (12 if name == "deepspeed" else 0)
         for same in ("embedding.weight", "layers.0.attention.query.weight", "layers.0.ffn.up.weight", "norm.weight"):
             assert torch.equal(whole(new[same][order]), whole(dense[same][order])), same
     if name == "one":

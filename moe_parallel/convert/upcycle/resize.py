@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from enum import Enum
@@ -60,8 +61,8 @@ class ResizeConfig(UpcycleConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("copy_noise", "router_noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"init.{name}={getattr(self, name)} must not be negative; 0 leaves copies equal")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"init.{name}={getattr(self, name)} must be 0, which leaves copies equal, or positive")
 
     def check(self, sources: Sequence[Architecture], target: Architecture) -> None:
         source = check_has_experts(sources, "resize")
