@@ -15,8 +15,7 @@ from moe_parallel.model.architecture import Architecture
 from moe_parallel.model.initialize import InitConfig, init_weights
 from moe_parallel.model.transformer import Transformer
 from moe_parallel.moe.routing import ForwardContext
-from moe_parallel.options import architecture_of
-from moe_parallel.remote_code import MODEL_TYPE
+from moe_parallel.remote_code import MODEL_TYPE, described
 
 
 class MoEParallelConfig(PretrainedConfig):
@@ -37,7 +36,7 @@ class MoEParallelConfig(PretrainedConfig):
         """Raises ConfigError for options of another version."""
         if self.options is None:
             raise ValueError("a MoEParallelConfig comes from a folder of scripts/export_hf.py --remote-code")
-        return architecture_of(self.options, "options of config.json")
+        return described(self.options, "config.json")
 
 
 class MoEParallelForCausalLM(PreTrainedModel, GenerationMixin):
@@ -57,7 +56,10 @@ class MoEParallelForCausalLM(PreTrainedModel, GenerationMixin):
             init_weights(self.transformer, InitConfig(), seed=0)
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """All at once, above: numbers depend on the names of weights."""
+        """What a folder lacks, of which transformers warns."""
+        for parameter in module.parameters(recurse=False):
+            if not getattr(parameter, "_is_hf_initialized", False):
+                parameter.data.fill_(1.0) if parameter.ndim == 1 else parameter.data.normal_(std=InitConfig.std)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.transformer.embedding
@@ -71,23 +73,40 @@ class MoEParallelForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
-        **_: Any,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
     ) -> CausalLMOutput:
         """Logits (B, S, V) of (B, S) tokens, or of the last `logits_to_keep` of each sequence.
 
         Args:
             attention_mask: (B, S), 0 for padding, which may be on either side. Its logits mean nothing.
             labels: (B, S), the tokens themselves, -100 where there is no loss; they are shifted here.
+            num_items_in_batch: what the sum of losses is divided by, as the Trainer of transformers counts it over
+                all micro-batches of a step; by default the tokens that have one here.
+        Raises:
+            ValueError: positions, a cache or a mask of pairs, which would have no effect.
         """
+        for name in ("position_ids", "past_key_values", "inputs_embeds"):
+            if others.get(name) is not None:
+                raise ValueError(f"{name} is not taken: this class counts positions by attention_mask and has no cache")
         mask_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        order_BS = (mask_BS == 0).sort(dim=1, stable=True).indices  # padding is at the end here
-        batch = _batch(input_ids.gather(1, order_BS), mask_BS.sum(1).tolist())
+        if mask_BS.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask is {tuple(mask_BS.shape)}, not {tuple(input_ids.shape)}: it tells padding from tokens"
+            )
+        is_padding_BS = mask_BS == 0
+        order_BS = is_padding_BS.sort(dim=1, stable=True).indices  # padding is at the end here
+        batch = _batch(input_ids.gather(1, order_BS), (~is_padding_BS).sum(1).tolist())
         logits_BSV, _stats = self.transformer(batch.to(input_ids.device), ForwardContext(training=False))
         back_BS = order_BS.argsort(dim=1)
         logits_BSV = logits_BSV.gather(1, back_BS.unsqueeze(-1).expand_as(logits_BSV))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            loss = F.cross_entropy(
+                logits_BSV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction=reduction
+            )
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return CausalLMOutput(loss=loss, logits=logits_BSV[:, -logits_to_keep:])
 
     def prepare_inputs_for_generation(  # type: ignore[override] # what else it is given is for caches
@@ -108,7 +127,7 @@ def _batch(token_BS: Tensor, lengths: list[int]) -> TokenBatch:
         target_BS=torch.full_like(token_BS, IGNORE),
         position_BS=place_S.expand(batch, size).masked_fill(is_padding_BS, 0),
         document_BS=torch.zeros_like(token_BS).masked_fill(is_padding_BS, -1),
-        sequence_B=torch.arange(batch),
+        sequence_B=torch.zeros(batch, dtype=torch.int64),  # routers by lot: a row does not depend on its place
         source_B=torch.zeros(batch, dtype=torch.int64),
         document_lengths=tuple(tuple(n for n in (length, size - length) if n) for length in lengths),
         num_targets=0,

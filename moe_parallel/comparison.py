@@ -79,6 +79,13 @@ def read_comparison(folder: Path) -> Comparison:
     except (yaml.YAMLError, TypeError) as error:
         keys = ", ".join(f.name for f in fields(Comparison) if f.name != "name")
         raise ValueError(f"{path}: {' '.join(str(error).split())}; its keys are {keys}") from error
+    if not isinstance(comparison.prepared, dict) or not all(map(_is_command, comparison.prepared.values())):
+        raise ValueError(f"{path}: prepared={comparison.prepared} must have a command for each name")
+    for name, text in comparison.prepared.items():
+        try:
+            text.format(runs="", run="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"{path}: prepared.{name} has {{runs}} and {{run}} only, not {error}") from error
     files = {arm.stem for arm in folder.glob("[!_]*.yaml")}
     if wrong := sorted(files ^ {*comparison.arms, *comparison.first}):
         raise ValueError(
@@ -87,6 +94,10 @@ def read_comparison(folder: Path) -> Comparison:
     if comparison.baseline not in comparison.arms:
         raise ValueError(f"{path}: baseline={comparison.baseline} is no arm; choose from {', '.join(comparison.arms)}")
     return comparison
+
+
+def _is_command(text: Any) -> bool:
+    return isinstance(text, str) and bool(text.strip())
 
 
 # -- alike, but for what is asked ----------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ __all__ = ["MoEParallelConfig", "MoEParallelForCausalLM"]
 """What lies in the folder as CODE_FILE."""
 _PREFIX = "transformer."
 _ROUTERS = (".router.", ".later_routers.")
+_OF_MACHINE = (("attention", "core"), ("moe", "expert_kernel"), ("moe", "kernel_table"), ("router", "kernel"))
+"""Options that say how the same is computed: another machine may have no such kernels, and no such file."""
 
 
 def has_remote_code(path: Path) -> bool:
@@ -39,17 +41,35 @@ def has_remote_code(path: Path) -> bool:
 
 def open_remote(path: Path) -> Pretrained:
     """The model of such a folder. Raises ConfigError or ValueError if it is none."""
-    options = read_json(path / CONFIG).get("options")
-    if not isinstance(options, dict):
-        raise ValueError(f"{path / CONFIG} has no options of a model")
+    shape = described(read_json(path / CONFIG).get("options"), str(path / CONFIG))
     stored = SafetensorsFolder(path).weights()
     weights = {name.removeprefix(_PREFIX): Cast(lazy, torch.float32) for name, lazy in stored.items()}
-    shape = architecture_of(options, str(path / CONFIG))
-    if odd := sorted(weights.keys() ^ shapes_of(shape).keys()):
-        raise ValueError(
-            f"{path} is not the model that its {CONFIG} describes: {', '.join(odd[:4])} in one of them only"
-        )
+    shapes = shapes_of(shape)
+    wrong = [f"{name} in one of them only" for name in sorted(weights.keys() ^ shapes.keys())]
+    wrong += [
+        f"{name} is {lazy.shape}, not {shapes[name]}"
+        for name, lazy in weights.items()
+        if lazy.shape != shapes.get(name, lazy.shape)
+    ]
+    if wrong:
+        raise ValueError(f"{path} is not the model that its {CONFIG} describes: {'; '.join(wrong[:4])}")
     return Pretrained(path, shape, weights)
+
+
+def described(options: Any, where: str) -> Architecture:
+    """The model of such a config.json, which may come from anyone: what would run a file that it names is refused.
+
+    Raises:
+        ValueError: no options of a model, or those of a plug-in. ConfigError for another version's.
+    """
+    if not isinstance(options, dict) or type(options.get("vocab_size")) is not int:
+        raise ValueError(f"{where} has no options of a model")
+    for name, section in options.items():
+        if name != "vocab_size" and not isinstance(section, dict):
+            raise ValueError(f"{where}: {name}={section} is no section of options")
+    if "plugin" in options.get("router", {}):
+        raise ValueError(f"{where} is refused: its router.plugin={options['router']['plugin']} would run a file")
+    return architecture_of(options, where)
 
 
 def contents_with_code(
@@ -65,7 +85,9 @@ def contents_with_code(
             f"router.plugin={shape.router.plugin} lies in a file of yours, which --remote-code does not copy: the "
             "model would not load anywhere else"
         )
-    model, kept = shape.model, buffers_of(shape)
+    model, kept, options = shape.model, buffers_of(shape), plain_architecture(shape)
+    for section, name in _OF_MACHINE:  # what is not there has its default
+        options[section].pop(name, None)
     config = {
         "architectures": ["MoEParallelForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -73,7 +95,7 @@ def contents_with_code(
             "AutoConfig": f"{Path(CODE_FILE).stem}.MoEParallelConfig",
             "AutoModelForCausalLM": f"{Path(CODE_FILE).stem}.MoEParallelForCausalLM",
         },
-        "options": plain_architecture(shape),
+        "options": options,
         "vocab_size": shape.vocab_size,
         "hidden_size": model.dim,
         "num_hidden_layers": model.num_layers,

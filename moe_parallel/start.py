@@ -12,7 +12,7 @@ from moe_parallel.checkpoint import folder as folders
 from moe_parallel.convert.checkpoint_source import MOMENTS, steps_of_optimizer, weights_of_checkpoint
 from moe_parallel.convert.function import differences
 from moe_parallel.convert.huggingface.folder import is_model, open_model
-from moe_parallel.convert.lazy import Constant
+from moe_parallel.convert.lazy import Constant, is_zero
 from moe_parallel.convert.pretrained import Pretrained, shapes_of
 from moe_parallel.convert.upcycle.map import OptimizerState, Plan, UpcycleConfig, drawing, make_plan
 from moe_parallel.model.architecture import Architecture
@@ -47,6 +47,9 @@ def open_pretrained(option: str, value: str) -> Pretrained:
         path = found[-1]
     if (path / folders.META).is_file():
         meta = folders.read_meta(path)
+        plugin = meta["identity"].get("router", {}).get("plugin", "")
+        if Path(plugin).name != plugin:  # ours have names only; it would be run, and a checkpoint may be anyone's
+            raise ConfigError([f"{option}={value} is refused: its router.plugin={plugin} names a file in a folder"])
         shape = architecture_of(meta["identity"], str(path))
         return Pretrained(path, shape, weights_of_checkpoint(path), steps_of_optimizer(path))
     if has_remote_code(path):
@@ -60,7 +63,8 @@ def open_pretrained(option: str, value: str) -> Pretrained:
 
 def tokenizer_of(path: Path) -> Tokenizer:
     """Of a checkpoint, whose run says it, or of a model's folder. Raises ValueError if there is none."""
-    for folder in (path, *path.parents[:2]):
+    # What a config.yaml names may be run, and a folder of a model may be anyone's.
+    for folder in () if is_model(path) else (path, *path.parents[:2]):
         if (folder / "config.yaml").is_file():
             config = load_config(folder / "config.yaml")
             return build_tokenizer(config.tokenizer, bpe_trainer(config.data.sources, config.data.cache_dir))
@@ -129,6 +133,5 @@ def _moments(weights: Plan, sources: list[Pretrained]) -> Plan:
     for name, lazy in weights.items():
         found |= {f"{name}.{moment}": lazy.moment(order) for order, moment in MOMENTS.items()}
         # What has no past counts from 0: zeros are no means of many steps, and first updates would be of another size.
-        is_new = isinstance(lazy.moment(1), Constant)
-        found[f"{name}.step"] = Constant((), 0 if is_new else steps)
+        found[f"{name}.step"] = Constant((), 0 if is_zero(lazy.moment(1)) else steps)
     return found

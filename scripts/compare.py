@@ -125,7 +125,7 @@ def prepare(made: Path, text: str, base: Path) -> None:
     done = made.with_name(f"{made.name}.done")
     if done.is_file():
         if done.read_text() != shlex.join(words):
-            raise ValueError(f"{made} was made by another command: {done.read_text()}; delete it, or choose --runs")
+            raise ValueError(f"{done} is of another command: {done.read_text()}; delete it, or choose another --runs")
         return
     print(f"make {made}", flush=True)
     made.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Run a function on several ranks: as processes on gloo, or as threads of one process.
 
-Processes are the real thing. Importing torch takes them seconds, so they are forked from one that has imported it.
+Processes are the real thing. Importing torch takes them seconds, so they are forked from one that has imported it. They
+have one seed of the hashes of strings, which processes of torchrun have not (tests/test_train.py starts some).
 Threads share one interpreter; they cover collectives and FSDP, but no point-to-point operations.
 """
 

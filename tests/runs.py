@@ -118,7 +118,7 @@ class Runner:
             (logs / f"out_{rank}").touch()
             (logs / f"err_{rank}").touch()
         arguments = self.arguments(f"run.name={name}", *overrides)
-        environments = [dict(env or {}) for _ in range(ranks)]
+        environments = [{**os.environ, **(env or {})} for _ in range(ranks)]
         if ranks > 1:
             store = store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             for rank, environment in enumerate(environments):
@@ -159,7 +159,8 @@ def _become_train(rank: int, arguments: list[str], env: dict[str, str], logs: Pa
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(logs / f"{name}_{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
-    os.environ.update({"CUDA_VISIBLE_DEVICES": ""} | env)  # several ranks cannot share one GPU
+    os.environ.clear()  # a fork has that of the time when the first one was made
+    os.environ.update(env | {"CUDA_VISIBLE_DEVICES": ""})  # several ranks cannot share one GPU
     sys.argv = [str(TRAIN), *arguments]
     if patch:
         exec(patch, {"RANK": rank})

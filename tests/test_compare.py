@@ -251,7 +251,7 @@ def test_what_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(2):
         compare.prepare(made, "note.py {runs}/note/{run}.txt {runs}/first/{run}", tmp_path / "runs")
     assert made.with_suffix(".txt").read_text() == f"{tmp_path}/runs/first/seed_2\n"
-    with pytest.raises(ValueError, match="was made by another command"):
+    with pytest.raises(ValueError, match=r"seed_2.done is of another command"):
         compare.prepare(made, "note.py {runs}/note/{run}.txt other", tmp_path / "runs")
     for _ in range(2):  # what failed is tried again
         with pytest.raises(compare.RunFailed, match="bad ended with code 1"):
@@ -277,6 +277,10 @@ def test_marks(tmp_path: Path) -> None:
         ("question: [", r"_comparison.yaml: .*; its keys are question, baseline, arms, varies, columns"),
         ("{question: q, baseline: a, arms: [a], colour: []}", r"colour"),
         ("{question: q, baseline: a, arms: [a, c]}", r"`arms`, `first` and the files beside it differ in b, c"),
+        (
+            "{question: q, baseline: a, arms: [a, b], prepared: {it: 'x.py {seed}'}}",
+            r"prepared.it has {runs} and {run} only",
+        ),
         ("{question: q, baseline: c, arms: [a, b]}", r"baseline=c is no arm; choose from a, b"),
     ],
 )

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_parallel.options import ConfigError
+from moe_parallel.start import open_pretrained
 from tests.runs import Runner, curve
 
 STILL = ("optim.learning_rate=1e-30", "optim.warmup_steps=0", "train.steps=1")
@@ -40,3 +47,16 @@ def test_weights_that_do_not_fit_are_refused(runner: Runner) -> None:
         assert text in refused.err, name
     refused = runner.run("nothing", *STILL, f"init.weights={path.parent}", codes=2)
     assert f"init.weights={path.parent} is not a checkpoint; did you mean {path}?" in refused.err
+
+
+def test_code_beside_weights_is_not_run(runner: Runner, tmp_path: Path) -> None:
+    """Would catch: a checkpoint of somebody else's whose description names a router in a file that lies with it."""
+    run = runner.run("run", *STILL)
+    path = sorted((run.folder / "checkpoints").iterdir())[-1]
+    (path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    meta = json.loads((path / "meta.json").read_text())
+    meta["identity"]["router"] = {"plugin": f"{path}/theirs.py:Config", "top_k": 2, "options": {}}
+    (path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ConfigError, match="is refused: its router.plugin=.* names a file in a folder"):
+        open_pretrained("init.weights", str(path))
+    assert not (tmp_path / "ran").exists()

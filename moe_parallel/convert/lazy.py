@@ -302,6 +302,15 @@ class Repeated(Lazy):
         return f"each row {self.times} times of {self.inner}"
 
 
+def is_zero(lazy: Lazy) -> bool:
+    """It is known without a read that nothing but zeros is in it."""
+    if isinstance(lazy, Constant):
+        return lazy.value == 0
+    if isinstance(lazy, Stacked | Joined | Sum):
+        return all(is_zero(part) for part in lazy.parts)
+    return isinstance(lazy, Part | Scaled | Cast | Repeated) and is_zero(lazy.inner)
+
+
 def expert_of(stack: Lazy, expert: int) -> Part:
     """One expert of stacked weights, without the dimension of experts."""
     rest = stack.shape[1:]

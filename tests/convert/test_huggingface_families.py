@@ -146,6 +146,7 @@ REFUSED = [
     ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings=no .* true or false is needed"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor=2 .* a number is needed"),
     ("deepseek_v3", {"first_k_dense_replace": "1"}, "first_k_dense_replace=1 .* a whole number is needed"),
+    ("qwen2_moe", {"moe_intermediate_size": 0}, "a multiple of moe_intermediate_size=0"),
     ("deepseek_v3", {"n_group": True}, "n_group=true .* a whole number is needed"),
     ("mistral", {"sliding_window": 1024}, r"sliding_window=1024 .* set max_position_embeddings=1024"),
     ("mixtral", {"sliding_window": 4096}, "sliding_window=4096"),

@@ -9,22 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from moe_kernels.choice import ExpertKernel
 from moe_parallel.convert.fill import build_model
 from moe_parallel.convert.huggingface.write_files import write_folder
 from moe_parallel.convert.lazy import whole
 from moe_parallel.model.architecture import Architecture
+from moe_parallel.model.core import AttentionCore
 from moe_parallel.model.generate import generate, logits_of
 from moe_parallel.moe.chain import ChainConfig
 from moe_parallel.moe.expert_forms import ExpertForm
 from moe_parallel.moe.routers.expert_choice import ExpertChoiceConfig
 from moe_parallel.moe.routers.hash import HashConfig
 from moe_parallel.moe.routers.plugin import PluginConfig
+from moe_parallel.moe.routers.random import RandomConfig
+from moe_parallel.moe.routers.token_choice import RouterKernel
 from moe_parallel.moe.routing import ForwardContext
 from moe_parallel.options import ConfigError
 from moe_parallel.remote_code import CODE, CODE_FILE, contents_with_code, open_remote
-from moe_parallel.start import open_pretrained
+from moe_parallel.start import open_pretrained, tokenizer_of
 from tests.batches import make_batch
 from tests.convert.models import DENSE, VOCABULARY, pretrained, relative, with_experts
 from tests.model.examples import LATENT
@@ -104,6 +109,49 @@ def test_padding_on_either_side(tmp_path: Path) -> None:
                 torch.testing.assert_close(found.loss, sum(each) / (6 + 11), rtol=1e-5, atol=0)
 
 
+def test_arguments_of_others(tmp_path: Path) -> None:
+    """Would catch: masks that number the sequences of a batch, sums of losses that the Trainer takes for means,
+    positions that are given and not used."""
+    theirs, token_BS = load(write(tmp_path / "out", EXPERTS)), BATCH.token_BS
+    plain = theirs(token_BS, labels=token_BS)
+    assert torch.equal(theirs(token_BS, attention_mask=torch.full_like(token_BS, 2)).logits, plain.logits)
+    parts = [theirs(row[None], labels=row[None], num_items_in_batch=2 * 19).loss for row in token_BS]
+    torch.testing.assert_close(sum(parts), plain.loss, rtol=1e-5, atol=0)  # rows alone have other sums of products
+    for name, value in (
+        ("position_ids", torch.zeros_like(token_BS)),
+        ("past_key_values", ()),
+        ("attention_mask", torch.ones(2, 1, 20, 20)),
+    ):
+        with pytest.raises(ValueError, match=name):
+            theirs(token_BS, **{name: value})
+
+
+def test_another_machine(tmp_path: Path) -> None:
+    """Would catch: kernels of a GPU, or a file of measured shapes, that whoever loads the model does not have."""
+    table = tmp_path / "table.json"
+    table.write_text('{"entries": []}')
+    shape = replace(
+        EXPERTS,
+        attention=replace(EXPERTS.attention, core=AttentionCore.flex),
+        moe=replace(EXPERTS.moe, expert_kernel=ExpertKernel.triton, kernel_table=str(table)),
+        router=replace(EXPERTS.router, kernel=RouterKernel.triton),
+    )
+    folder = write(tmp_path / "out", shape)
+    table.unlink()
+    assert open_pretrained("init.weights", str(folder)).architecture == EXPERTS
+    assert torch.equal(load(folder)(BATCH.token_BS).logits, load(write(tmp_path / "b", EXPERTS))(BATCH.token_BS).logits)
+
+
+def test_a_row_does_not_depend_on_its_place(tmp_path: Path) -> None:
+    """Would catch: a choice by lot that is another one in another row of a batch, or when a longer text is generated.
+    1e-5 as above."""
+    theirs = load(write(tmp_path / "out", replace(EXPERTS, router=RandomConfig(top_k=2))))
+    with torch.no_grad():
+        wanted = theirs(BATCH.token_BS).logits[1]
+        for found in (theirs(BATCH.token_BS[1:]).logits[0], theirs(BATCH.token_BS[:, :10]).logits[1]):
+            torch.testing.assert_close(found, wanted[: len(found)], rtol=0, atol=1e-5)
+
+
 def test_generation(tmp_path: Path) -> None:
     """Would catch: a generation that feeds one token at a time to a model without a cache. Greedy: the same ids."""
     folder = write(tmp_path / "out", EXPERTS)
@@ -121,6 +169,18 @@ def test_a_new_one(tmp_path: Path) -> None:
     weights = {name: weight.detach() for name, weight in new.named_parameters()}
     assert (weights["transformer.norm.weight"] == 1).all()
     assert weights["transformer.layers.1.ffn.experts.down"].std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_weight_that_is_missing(tmp_path: Path) -> None:
+    """Would catch: memory as it was found, in the place of a weight of which transformers says that it is new."""
+    folder = write(tmp_path / "out", EXPERTS)
+    stored = load_file(folder / "model.safetensors")
+    del stored["transformer.layers.1.ffn.experts.down"]
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    weights = dict(load(folder).named_parameters())
+    assert weights["transformer.layers.1.ffn.experts.down"].std().item() == pytest.approx(0.02, rel=0.1)
+    for name, value in stored.items():
+        assert name.endswith(".bias") or torch.equal(weights[name], value), name
 
 
 def test_bfloat16(tmp_path: Path) -> None:
@@ -145,10 +205,27 @@ def test_refused(tmp_path: Path) -> None:
         (None, "has no options of a model"),
         (config["options"] | {"model": config["options"]["model"] | {"num_layers": 2}}, "layers.2.* in one of them"),
         (config["options"] | {"router": {"strange": 1}}, "no kind of router has the options"),
+        (config["options"] | {"router": 3}, "router=3 is no section"),
+        (
+            {name: value for name, value in config["options"].items() if name != "vocab_size"},
+            "has no options of a model",
+        ),
+        (config["options"] | {"vocab_size": 51}, r"embedding.weight is \(50, 32\), not \(51, 32\)"),
     ):
         (folder / "config.json").write_text(json.dumps(config | {"options": options}))
         with pytest.raises((ValueError, ConfigError), match=said):
             open_remote(folder)
+    ran, file = tmp_path / "ran", folder / "its.py"
+    file.write_text(f"open({str(ran)!r}, 'w')")
+    options = config["options"] | {"router": {"plugin": f"{file}:Config"}}
+    (folder / "config.json").write_text(json.dumps(config | {"options": options}))
+    for read in (lambda: open_pretrained("init.weights", str(folder)), lambda: load(folder)):
+        with pytest.raises(ValueError, match=r"router\.plugin=.* would run a file"):
+            read()
+    (folder / "config.yaml").write_text(json.dumps({"router": options["router"]}))
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        tokenizer_of(folder)
+    assert not ran.exists()
     plugin = PluginConfig(top_k=2, plugin="moe_parallel.moe.routers.hash:HashConfig")
     with pytest.raises(ValueError, match=r"router\.plugin=.* lies in a file of yours"):
         contents_with_code(replace(EXPERTS, router=plugin), {}, torch.float32)

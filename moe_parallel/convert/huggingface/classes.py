@@ -81,7 +81,7 @@ def _write_mixtral(architecture: Architecture) -> dict[str, Any]:
 
 def _qwen2_moe(keys: Keys) -> tuple[AttentionConfig, Experts]:
     width, shared = keys.need("moe_intermediate_size"), keys.need("shared_expert_intermediate_size")
-    if shared < 1 or shared % width != 0:
+    if min(shared, width) < 1 or shared % width != 0:
         refuse(
             "shared_expert_intermediate_size",
             shared,

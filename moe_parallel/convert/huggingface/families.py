@@ -67,7 +67,7 @@ def _read(family: Family, keys: Keys) -> Architecture:
         tie_embeddings=bool(keys("tie_word_embeddings")),
         norm_epsilon=keys("rms_norm_eps"),
         max_sequence_tokens=keys.get("max_position_embeddings"),
-        mtp_layers=_mtp_layers(keys.config),
+        mtp_layers=_mtp_layers(keys),
     )
     moe, router = (MoEConfig(), TokenChoiceConfig()) if experts is None else (experts.moe, experts.router)
     balance = BalanceConfig(bias_rate=BIAS_RATE if experts is not None and experts.has_bias else 0.0)
@@ -112,11 +112,11 @@ def _known(kind: Any) -> str:
     return kind
 
 
-def _mtp_layers(config: Mapping[str, Any]) -> int:
+def _mtp_layers(keys: Keys) -> int:
     """Modules of multi-token prediction, by the names of the released files and of transformers."""
-    if config["model_type"] != "deepseek_v3":
+    if keys("model_type") != "deepseek_v3":
         return 0
-    return config.get("num_nextn_predict_layers", config.get("num_mtp_layers")) or 0
+    return keys.get("num_nextn_predict_layers", keys.get("num_mtp_layers")) or 0
 
 
 def _check_window(keys: Keys) -> None:

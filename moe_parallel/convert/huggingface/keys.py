@@ -25,19 +25,16 @@ class Keys:
 
     Args:
         defaults: what the class in transformers takes where a key is left out.
-    Raises:
-        ValueError: a key that is there and not null, but not of its kind: a text, say, where a number belongs.
     """
 
     def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self.config, self.defaults = config, defaults
-        _check_kinds(config)
-        for name in ("rope_scaling", "rope_parameters"):
-            _check_kinds(self.several(name, dict))
 
     def __call__(self, name: str) -> Any:
-        """The value of a key. Raises ValueError if neither the file nor the class has one."""
+        """The value of a key. Raises ValueError if neither the file nor the class has one, or if it is not of the key's
+        kind: a text, say, where a number belongs."""
         if name in self.config:
+            check_kind(name, self.config[name])
             return self.config[name]
         if name in self.defaults:
             return self.defaults[name]
@@ -45,7 +42,7 @@ class Keys:
 
     def get(self, name: str, default: Any = None) -> Any:
         """The same, with a default of the caller's."""
-        return self.config.get(name, self.defaults.get(name, default))
+        return self(name) if name in self.config or name in self.defaults else default
 
     def only(self, name: str, *values: Any) -> None:
         """Refuse a key that is there and has another value than these."""
@@ -68,16 +65,15 @@ class Keys:
         return value or kind()
 
 
-def _check_kinds(values: Mapping[str, Any]) -> None:
-    kinds = (
+def check_kind(name: str, value: Any) -> None:
+    """Raise ValueError if a key's value is not null and not of the key's kind."""
+    for names, kinds, called in (
         (_WHOLE, (int,), "a whole number"),
         (_NUMBERS, (int, float), "a number"),
         (_SWITCHES, (bool,), "true or false"),
-    )
-    for names, kind, called in kinds:
-        for name in sorted(names & values.keys()):
-            if values[name] is not None and type(values[name]) not in kind:
-                refuse(name, values[name], f"{called} is needed")
+    ):
+        if name in names and value is not None and type(value) not in kinds:
+            refuse(name, value, f"{called} is needed")
 
 
 def refuse(name: str, value: Any, why: str) -> None:

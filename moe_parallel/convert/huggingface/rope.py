@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_parallel.convert.huggingface.keys import Keys, refuse
+from moe_parallel.convert.huggingface.keys import Keys, check_kind, refuse
 from moe_parallel.model.rope import RopeConfig, RopeScaling
 
 _KINDS = {
@@ -21,6 +21,8 @@ def read_rope(keys: Keys) -> RopeConfig:
     given = keys.several("rope_scaling", dict) or keys.several("rope_parameters", dict)
     if any(isinstance(value, dict) for value in given.values()):
         refuse("rope_parameters", given, "layers with positions of several kinds have no counterpart here")
+    for name, value in given.items():
+        check_kind(name, value)
     theta = given.get("rope_theta") or keys.get("rope_theta", 10000.0)
     name = given.get("rope_type", given.get("type", "default"))
     if name not in list(_KINDS):  # it may be anything, and need not have a hash

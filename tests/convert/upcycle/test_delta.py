@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_parallel.convert.lazy import Lazy, whole
+from moe_parallel.convert.lazy import Lazy, is_zero, whole
 from moe_parallel.convert.upcycle.delta import DeltaBase, DeltaConfig, factorized
 from moe_parallel.convert.upcycle.map import Preserves, make_plan
 from moe_parallel.model.architecture import Architecture
@@ -17,6 +17,7 @@ from moe_parallel.moe.balance import BalanceConfig
 from moe_parallel.moe.expert_forms import DeltaForm
 from moe_parallel.moe.routers.token_choice import TokenChoiceConfig
 from tests.convert.models import DENSE, SEED, logits, pretrained, relative, with_experts
+from tests.convert.upcycle.networks import Trained
 from tests.runs import Runner, curve
 from tests.test_start import STILL
 
@@ -131,6 +132,22 @@ def test_selection_biases() -> None:
         make_plan(FIRST, [source], plain_target, SEED)
     new = make_plan(FIRST, [pretrained(plain_source)], target, SEED)
     assert not whole(new["layers.1.ffn.router.bias"]).any()
+
+
+def test_steps_of_what_is_new() -> None:
+    """Would catch: factors without a past, whose optimizer counts on as if their zeros were means of many steps."""
+    sources = []
+    for seed in range(3):
+        source = pretrained(seed=seed)
+        weights: dict[str, Lazy] = {
+            name: Trained(whole(lazy), {order: torch.ones(lazy.shape) for order in (1, 2)})
+            for name, lazy in source.weights.items()
+        }
+        sources.append(replace(source, weights=weights))
+    plan = make_plan(DeltaConfig(sources=["a", "b", "c"]), sources, delta(4), SEED)
+    new = {name for name, lazy in plan.items() if is_zero(lazy.moment(1))}
+    assert new == {name for name in plan if ".experts." in name or ".router." in name}
+    assert not any(whole(plan[name].moment(1)).any() for name in new)
 
 
 def test_refused() -> None:
