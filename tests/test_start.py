@@ -57,6 +57,6 @@ def test_code_beside_weights_is_not_run(runner: Runner, tmp_path: Path) -> None:
     meta = json.loads((path / "meta.json").read_text())
     meta["identity"]["router"] = {"plugin": f"{path}/theirs.py:Config", "top_k": 2, "options": {}}
     (path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ConfigError, match="is refused: its router.plugin=.* names a file in a folder"):
+    with pytest.raises(ConfigError, match=r"is refused: its router\.plugin=.* names a file in a folder"):
         open_pretrained("init.weights", str(path))
     assert not (tmp_path / "ran").exists()
