@@ -20,7 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -188,17 +190,24 @@ def compare(arguments: argparse.Namespace) -> Results:
 # -- the picture ---------------------------------------------------------------------------------------------------
 
 
+def colors(results: Results) -> list[Any]:
+    """One for each arm."""
+    number = len(results.comparison.arms)
+    return [colormaps["tab10" if number <= 10 else "tab20"](place) for place in range(number)]
+
+
 def draw_curves(axes: Axes, results: Results) -> None:
     """Mean validation loss of the seeds over tokens, and a band from the lowest to the highest."""
-    for number, arm in enumerate(results.comparison.arms):
+    for color, arm in zip(colors(results), results.comparison.arms):
         runs = [outcome.curve for outcome in results.outcomes[arm]]
         tokens = [tokens / 1e6 for tokens, _ in runs[0]]
         losses = [[loss for _, loss in points] for points in zip(*runs)]
         means = [sum(values) / len(values) for values in losses]
-        axes.plot(tokens, means, color=f"C{number}", linewidth=1.2, label=arm)
-        axes.fill_between(tokens, [min(v) for v in losses], [max(v) for v in losses], color=f"C{number}", alpha=0.2)
-    ends = [loss for runs in results.outcomes.values() for outcome in runs for _, loss in outcome.curve[1:]]
-    if ends:  # the first point is far above all others and would flatten them
+        axes.plot(tokens, means, color=color, linewidth=1.2, label=arm)
+        axes.fill_between(tokens, [min(v) for v in losses], [max(v) for v in losses], color=color, alpha=0.2)
+    curves = [outcome.curve for runs in results.outcomes.values() for outcome in runs]
+    ends = [loss for curve in curves for _, loss in curve[len(curve) // 2 :]]
+    if ends:  # the first points are far above all others and would flatten them
         room = 0.05 * (max(ends) - min(ends)) or 0.01
         axes.set_ylim(min(ends) - room, max(ends) + room)
     axes.set(xlabel="million tokens", ylabel="validation loss in nats", title="seeds: mean, lowest to highest")
@@ -211,12 +220,12 @@ def draw_ends(axes: Axes, results: Results) -> None:
     for index, seed in enumerate(results.seeds):
         losses = [results.loss(arm).values[index] for arm in arms]
         axes.plot(range(len(arms)), losses, color="0.75", linewidth=0.8, zorder=1)
-        axes.scatter(range(len(arms)), losses, s=16, color=[f"C{number}" for number in range(len(arms))], zorder=2)
+        axes.scatter(range(len(arms)), losses, s=16, color=colors(results), zorder=2)
         axes.annotate(
             f"seed {seed}", (len(arms) - 1, losses[-1]), fontsize=6, xytext=(4, 0), textcoords="offset points"
         )
-    for number, arm in enumerate(arms):
-        axes.hlines(results.loss(arm).mean, number - 0.2, number + 0.2, color=f"C{number}")
+    for number, (color, arm) in enumerate(zip(colors(results), arms)):
+        axes.hlines(results.loss(arm).mean, number - 0.2, number + 0.2, color=color)
     axes.set_xticks(range(len(arms)), arms, rotation=20, ha="right", fontsize=7)
     axes.set(ylabel="validation loss in nats", title="at the end: every run, and the mean")
     axes.margins(x=0.15)
