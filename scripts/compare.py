@@ -175,8 +175,9 @@ def compare(arguments: argparse.Namespace) -> Results:
     for name in first:
         train_all({key: todo[key] for key in todo if key[0] == name}, folders, arguments.jobs)
     for name, text in comparison.prepared.items():
-        for seed in seeds:
-            prepare(base / name / f"seed_{seed}", text, base)
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for ended in [pool.submit(prepare, base / name / f"seed_{seed}", text, base) for seed in seeds]:
+                ended.result()
     train_all({key: todo[key] for key in todo if key[0] in comparison.arms}, folders, arguments.jobs)
     measured = measure_runs([folders[key] for key in keys if key[0] not in first])
     outcomes = {
