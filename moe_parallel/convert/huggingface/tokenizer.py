@@ -96,15 +96,21 @@ def loads_otherwise(folder: Path, tokenizer: Tokenizer) -> str | None:
 
     For some model types transformers builds a class of its own around the vocabulary, whatever the file says.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PretrainedConfig
 
+    # The model's own config would have to be run; without one the tokenizer's files decide, as then, too.
+    known = {"config": PretrainedConfig()} if _has_code(folder / "config.json") else {}
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **known)
     except Exception as error:  # of whatever class it took; the folder is good all the same
         return f"fails with {type(error).__name__}: {error}"
     ids = loaded(_PROBE, add_special_tokens=False)["input_ids"]
     same = list(ids) == tokenizer.encode(_PROBE).tolist() and loaded.eos_token_id == tokenizer.end_of_document
     return None if same else f"makes a {type(loaded).__name__} of it, with other ids"
+
+
+def _has_code(config: Path) -> bool:
+    return config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8"))
 
 
 def imported(source: Path, folder: Path, config: TokenizerConfig) -> TokenizerConfig:
