@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from moe_data.batch import IGNORE, TokenBatch
 from moe_parallel.model.architecture import Architecture
+from moe_parallel.model.generate import documents
 from moe_parallel.model.initialize import InitConfig, init_weights
 from moe_parallel.model.transformer import Transformer
 from moe_parallel.moe.routing import ForwardContext
@@ -96,7 +96,7 @@ class MoEParallelForCausalLM(PreTrainedModel, GenerationMixin):
             )
         is_padding_BS = mask_BS == 0
         order_BS = is_padding_BS.sort(dim=1, stable=True).indices  # padding is at the end here
-        batch = _batch(input_ids.gather(1, order_BS), (~is_padding_BS).sum(1).tolist())
+        batch = documents(input_ids.gather(1, order_BS), (~is_padding_BS).sum(1).tolist())
         logits_BSV, _stats = self.transformer(batch.to(input_ids.device), ForwardContext(training=False))
         back_BS = order_BS.argsort(dim=1)
         logits_BSV = logits_BSV.gather(1, back_BS.unsqueeze(-1).expand_as(logits_BSV))
@@ -114,22 +114,3 @@ class MoEParallelForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """The whole sequence, each time."""
         return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
-
-
-def _batch(token_BS: Tensor, lengths: list[int]) -> TokenBatch:
-    """Sequences of one document each, with padding at their ends."""
-    batch, size = token_BS.shape
-    place_S = torch.arange(size, device=token_BS.device)
-    length_B = torch.tensor(lengths, device=token_BS.device)
-    is_padding_BS = place_S >= length_B.unsqueeze(1)
-    return TokenBatch(
-        token_BS=token_BS.masked_fill(is_padding_BS, 0),
-        target_BS=torch.full_like(token_BS, IGNORE),
-        position_BS=place_S.expand(batch, size).masked_fill(is_padding_BS, 0),
-        document_BS=torch.zeros_like(token_BS).masked_fill(is_padding_BS, -1),
-        sequence_B=torch.zeros(batch, dtype=torch.int64),  # routers by lot: a row does not depend on its place
-        source_B=torch.zeros(batch, dtype=torch.int64),
-        document_lengths=tuple(tuple(n for n in (length, size - length) if n) for length in lengths),
-        num_targets=0,
-        num_valid=sum(lengths),
-    )

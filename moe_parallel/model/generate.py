@@ -59,7 +59,7 @@ def generate(
     ids = list(prompt)
     for _ in range(num_tokens):
         # Sampled on the host from float32, so that devices and ranks draw from the same stream.
-        logits_V = logits(_one_document(ids))[0, -1].float().cpu()
+        logits_V = logits(documents(torch.tensor([ids]), [len(ids)]))[0, -1].float().cpu()
         ids.append(_sample(logits_V[:allowed_ids], temperature, top_k, generator))
     return ids[len(prompt) :]
 
@@ -75,19 +75,22 @@ def _check(prompt: Sequence[int], num_tokens: int, temperature: float, top_k: in
         raise ValueError(f"top_k={top_k} must be at least 1, or None for all tokens")
 
 
-def _one_document(ids: list[int]) -> TokenBatch:
-    token_BS = torch.tensor([ids])
-    zero_B = torch.zeros(1, dtype=torch.int64)
+def documents(token_BS: Tensor, lengths: list[int]) -> TokenBatch:
+    """Sequences of one document each, (B, S), with padding behind the first `lengths` tokens of each."""
+    batch, size = token_BS.shape
+    place_S = torch.arange(size, device=token_BS.device)
+    length_B = torch.tensor(lengths, device=token_BS.device)
+    is_padding_BS = place_S >= length_B.unsqueeze(1)
     return TokenBatch(
-        token_BS=token_BS,
+        token_BS=token_BS.masked_fill(is_padding_BS, 0),
         target_BS=torch.full_like(token_BS, IGNORE),
-        position_BS=torch.arange(len(ids)).unsqueeze(0),
-        document_BS=torch.zeros_like(token_BS),
-        sequence_B=zero_B,
-        source_B=zero_B,
-        document_lengths=((len(ids),),),
+        position_BS=place_S.expand(batch, size).masked_fill(is_padding_BS, 0),
+        document_BS=torch.zeros_like(token_BS).masked_fill(is_padding_BS, -1),
+        sequence_B=torch.zeros(batch, dtype=torch.int64),  # routers by lot: a row does not depend on its place
+        source_B=torch.zeros(batch, dtype=torch.int64),
+        document_lengths=tuple(tuple(n for n in (length, size - length) if n) for length in lengths),
         num_targets=0,
-        num_valid=len(ids),
+        num_valid=sum(lengths),
     )
 
 

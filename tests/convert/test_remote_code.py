@@ -21,6 +21,8 @@ from moe_parallel.model.core import AttentionCore
 from moe_parallel.model.generate import generate, logits_of
 from moe_parallel.moe.chain import ChainConfig
 from moe_parallel.moe.expert_forms import ExpertForm
+from moe_parallel.moe.routers.bi_level import BiLevelConfig
+from moe_parallel.moe.routers.domain import DomainConfig
 from moe_parallel.moe.routers.expert_choice import ExpertChoiceConfig
 from moe_parallel.moe.routers.hash import HashConfig
 from moe_parallel.moe.routers.plugin import PluginConfig
@@ -44,6 +46,9 @@ SHAPES: dict[str, Architecture] = {
     "adjugates": with_experts(4, 24, 2, adjugate_groups=2, adjugate_dim=8),
     "ternary": with_experts(4, 24, 2, expert_form=ExpertForm.ternary),
     "expert choice": replace(EXPERTS, router=ExpertChoiceConfig(top_k=2)),
+    "bi-level": replace(EXPERTS, router=BiLevelConfig(top_k=1)),
+    "domain": replace(EXPERTS, router=DomainConfig(top_k=2)),
+    "delta": with_experts(4, 24, 2, expert_form=ExpertForm.delta, delta_rank=4),
     "hash": replace(EXPERTS, router=HashConfig(top_k=2)),
     "residual logits": with_experts(4, 24, 2, router_logit_residual=True),
 }
@@ -70,13 +75,14 @@ def load(folder: Path, **options):
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_same_model(tmp_path: Path, name: str) -> None:
     """Would catch: an option that config.json loses, a weight that transformers draws anew, a tie that it breaks, and
-    what is read back with other bits. Logits are equal to the last bit: it is the same code."""
+    what is read back with other bits. The code is
+    the same, and where weights lie in memory moves products by a rounding: 1e-6 seen, of logits of the order of 5."""
     shape, folder = SHAPES[name], write(tmp_path / "out", SHAPES[name])
     source, theirs = pretrained(shape), load(folder)
     ours = build_model(shape, source.weights).eval()
     with torch.no_grad():
         wanted = ours(BATCH, ForwardContext(training=False))[0]
-        assert torch.equal(theirs(BATCH.token_BS).logits, wanted)
+        torch.testing.assert_close(theirs(BATCH.token_BS).logits, wanted, rtol=0, atol=1e-5)
     if shape.model.tie_embeddings:
         assert theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
     back = open_pretrained("init.weights", str(folder))
